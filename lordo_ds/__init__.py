@@ -1,0 +1,27 @@
+"""LoRDO (arXiv 2602.04396) for DeepSpeed and Megatron: low-rank optimizer states, infrequent communication.
+
+Importing this package registers the optimizer type "LoRDO" with DeepSpeed.
+"""
+
+from lordo_ds.adapters.engine import data_sampler, hook, load_checkpoint, save_checkpoint, status
+from lordo_ds.adapters.registration import register, unregister
+from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.dist.sync import SyncError
+from lordo_ds.optimizer import LoRDO
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConfigError",
+    "LoRDO",
+    "LordoConfig",
+    "SyncError",
+    "data_sampler",
+    "hook",
+    "load_checkpoint",
+    "register",
+    "save_checkpoint",
+    "status",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,268 @@
+"""The `optimizer.params` block of a DeepSpeed JSON as a frozen, validated `LordoConfig`.
+
+Every rejected value is reported in one line that names the key, the value, the rule and the nearest
+legal value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+
+class ConfigError(ValueError):
+    """A setting that LoRDO cannot honour; the message is one line and says what to write instead."""
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LowRankSelection(_Block):
+    """Which parameters are projected, as regular expressions searched in parameter names.
+
+    Without `include`, every 2-D weight that is no embedding, tied weight or output head; with it,
+    exactly the 2-D weights that one of its expressions matches. `exclude` always wins.
+    """
+
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+
+    @field_validator("include", "exclude")
+    @classmethod
+    def _compiles(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        import re
+
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"a list of regular expressions ({pattern!r}: {error})") from None
+        return patterns
+
+
+class OuterOptimizer(_Block):
+    """Outer optimizer on the pseudo-gradient; the default is plain averaging."""
+
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    nesterov: StrictBool = True
+
+    @property
+    def is_plain_average(self) -> bool:
+        return self.lr == 1.0 and self.momentum == 0.0
+
+
+class AnchorPlacement(_Block):
+    """Where and how the parameters of the last sync are kept. `None`: pinned host memory for CUDA."""
+
+    device: Literal["same", "cpu"] | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+
+
+class Streaming(_Block):
+    """Fragments and delay of an overlapped sync (not available yet: only the defaults are legal)."""
+
+    fragments: Annotated[StrictInt, Field(ge=1)] = 1
+    delay_steps: Annotated[StrictInt, Field(ge=0)] = 0
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The published form of LoRDO (arXiv 2602.04396).
+    "paper": {},
+    # What the project's own measurements support best (README, "Tuning").
+    "recommended": {
+        "qh_mode": "factored",
+        "omega": 0.5,
+        "outer": {"lr": 0.7, "momentum": 0.7, "nesterov": True},
+    },
+}
+
+
+class LordoConfig(_Block):
+    """All LoRDO settings; see the README for the meaning of each key.
+
+    Build it with `LordoConfig.parse`, which applies the preset and words errors for users.
+    """
+
+    lr: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-3
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+    rank: Annotated[StrictInt, Field(ge=1)] | str = 128
+    sync_interval: Annotated[StrictInt, Field(ge=1)] = 32
+    moment_sync_interval: StrictInt | tuple[StrictInt, StrictInt] | Literal["never"] | None = None
+    replica_size: Annotated[StrictInt, Field(ge=1)] | Literal["node", "all"] = 1
+    projection: Literal["global", "local"] = "global"
+    preset: Literal["paper", "recommended"] = "paper"
+    qh_mode: Literal["full_rank", "factored", "low_rank", "none"] = "full_rank"
+    omega: Annotated[float, Field(ge=0, le=1)] = 0.5
+    error_feedback: Literal[False, "bf16", "fp32"] = False
+    basis_source: Literal["pseudo_gradient", "complement", "gradient"] = "pseudo_gradient"
+    basis_update: Literal["power", "eigh", "svd"] = "power"
+    average_dense_moments: StrictBool = False
+    low_rank: LowRankSelection = LowRankSelection()
+    outer: OuterOptimizer = OuterOptimizer()
+    pseudo_gradient_dtype: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    anchor: AnchorPlacement = AnchorPlacement()
+    streaming: Streaming = Streaming()
+    sync_warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
+    max_nonfinite_syncs: Annotated[StrictInt, Field(ge=1)] = 3
+
+    @classmethod
+    def parse(cls, params: dict[str, Any]) -> LordoConfig:
+        """Validate the keys of `optimizer.params`; keys given beside a preset win over it.
+
+        Raises:
+            ConfigError: one line naming the key, the value, the rule and the nearest legal value.
+        """
+        params = dict(params)
+        preset = params.get("preset", "paper")
+        defaults = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        try:
+            return cls.model_validate({**defaults, **params})
+        except ValidationError as error:
+            raise ConfigError(_one_line(error)) from None
+
+    @field_validator("error_feedback", mode="before")
+    @classmethod
+    def _no_integers(cls, value: Any) -> Any:
+        if value is False or value in ("bf16", "fp32"):
+            return value
+        raise ValueError('false, "bf16" or "fp32"' + (' (nearest: "fp32")' if value else " (nearest: false)"))
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_or_fraction(cls, value: int | str) -> int | str:
+        if isinstance(value, str):
+            try:
+                fraction = Fraction(value)
+            except (ValueError, ZeroDivisionError):
+                fraction = Fraction(0)
+            if "/" not in value or not 0 < fraction <= 1:
+                raise ValueError('an int >= 1, or a fraction of the smaller side such as "1/8" (nearest: "1/8")')
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LordoConfig:
+        intervals = self.moment_sync_interval
+        for interval in intervals if isinstance(intervals, tuple) else (intervals,):
+            if isinstance(interval, int) and (interval < 1 or interval % self.sync_interval):
+                nearest = max(1, round(interval / self.sync_interval)) * self.sync_interval
+                raise ValueError(
+                    f"moment_sync_interval = {interval} must be a multiple of sync_interval = "
+                    f"{self.sync_interval} (nearest: {nearest})"
+                )
+        if self.basis_source == "complement" and self.qh_mode in ("none", "low_rank"):
+            raise ValueError(
+                f'basis_source = "complement" needs directions outside the basis, and with qh_mode = "{self.qh_mode}" '
+                'the weights never leave it: use qh_mode "full_rank" or "factored" (nearest: "full_rank")'
+            )
+        if self.pseudo_gradient_dtype in ("int8", "int4"):
+            raise ValueError(
+                f'pseudo_gradient_dtype = "{self.pseudo_gradient_dtype}" is not available in this version: '
+                'use "fp32" or "bf16" (nearest: "bf16")'
+            )
+        if self.streaming != Streaming():
+            raise ValueError(
+                'streaming is not available in this version: use {"fragments": 1, "delay_steps": 0} or leave it out'
+            )
+        return self
+
+    def rank_for(self, smaller_side: int) -> int:
+        """Subspace rank for a matrix whose smaller side is given: at least 1, at most that side."""
+        if isinstance(self.rank, str):
+            return max(1, min(smaller_side, math.floor(Fraction(self.rank) * smaller_side)))
+        return min(self.rank, smaller_side)
+
+    @property
+    def moment_sync_intervals(self) -> tuple[int, int]:
+        """(Ku, Kv): steps between averagings of exp_avg and exp_avg_sq; 0 means never."""
+        if self.moment_sync_interval is None:
+            return self.sync_interval, self.sync_interval
+        if self.moment_sync_interval == "never":
+            return 0, 0
+        if isinstance(self.moment_sync_interval, int):
+            return self.moment_sync_interval, self.moment_sync_interval
+        return self.moment_sync_interval
+
+
+def nearest_name(name: str, legal: list[str]) -> str:
+    """The legal name most like the given one."""
+    return (difflib.get_close_matches(name, legal, n=1, cutoff=0.0) or legal[:1])[0]
+
+
+# Keys whose values have several legal forms: one rule for all of them, with a legal example.
+_FORMS = {
+    "rank": ('must be a whole number >= 1 or a fraction of the smaller side such as "1/8"', '"1/8"'),
+    "replica_size": ('must be a whole number >= 1, "node" or "all"', "1"),
+    "moment_sync_interval": ('must be a multiple of sync_interval, a pair of them, or "never"', '"never"'),
+    "betas": ("must be two numbers, each >= 0 and < 1", "[0.9, 0.999]"),
+    "low_rank.include": ("must be a list of regular expressions", '[".*"]'),
+    "low_rank.exclude": ("must be a list of regular expressions", '[".*"]'),
+}
+_BRANCHES = {"int", "str", "constrained-int", "constrained-str", "tuple"}
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first complaint as one line: key, value, rule, nearest legal value."""
+    complaint = error.errors(include_url=False)[0]
+    path = [part for part in complaint["loc"] if not _is_branch(part)]
+    key = ".".join(str(part) for part in path)
+    kind, context, value = complaint["type"], complaint.get("ctx", {}), complaint["input"]
+    where = f"LoRDO: optimizer.params.{key}"
+    if kind == "extra_forbidden":
+        block: Any = LordoConfig
+        for part in path[:-1]:
+            block = LordoConfig.model_fields[str(part)].annotation
+        nearest = nearest_name(str(path[-1]), list(block.model_fields))
+        return f'{where} is not a known key: did you mean "{nearest}"?'
+    if kind == "value_error":
+        message = str(context["error"])
+        if not key:
+            return f"LoRDO: optimizer.params: {message}"
+        return f"{where} = {value!r} must be {message}"
+    form = _FORMS.get(".".join(str(part) for part in path if isinstance(part, str)))
+    if form and kind not in ("greater_than_equal", "less_than_equal"):
+        return f"{where} = {value!r} {form[0]} (nearest: {form[1]})"
+    rule, nearest = _rule(kind, context, value, complaint["msg"])
+    return f"{where} = {value!r} {rule}" + (f" (nearest: {nearest})" if nearest else "")
+
+
+def _is_branch(part: Any) -> bool:
+    return isinstance(part, str) and (part in _BRANCHES or "[" in part)
+
+
+def _rule(kind: str, context: dict[str, Any], value: Any, message: str) -> tuple[str, str]:
+    if kind == "greater_than_equal":
+        return f"must be >= {context['ge']}", str(context["ge"])
+    if kind == "less_than_equal":
+        return f"must be <= {context['le']}", str(context["le"])
+    if kind == "greater_than":
+        return f"must be > {context['gt']}", str(context["gt"] + 1e-3)
+    if kind == "less_than":
+        return f"must be < {context['lt']}", str(context["lt"] - 1e-3)
+    if kind == "literal_error":
+        legal = str(context["expected"])
+        choices = [choice.strip("' ") for choice in legal.replace(" or ", ",").split(",")]
+        return f"must be one of {legal}", f'"{nearest_name(str(value), choices)}"'
+    if kind in ("int_type", "int_parsing", "int_from_float"):
+        nearest = str(max(1, round(value))) if isinstance(value, float) and math.isfinite(value) else ""
+        return "must be a whole number", nearest
+    if kind == "finite_number":
+        return "must be a finite number", ""
+    return f"is not legal: {message[0].lower()}{message[1:]}", ""

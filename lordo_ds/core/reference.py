@@ -1,0 +1,177 @@
+"""The whole algorithm on a list of replicas in one process: the specification of everything faster.
+
+Written for reading, with the letters of `lordo_ds.core`; only the decomposition behind the basis is shared
+with the fast path. Weights are dictionaries name -> tensor, one per replica; gradients likewise, with None
+for a replica that skips the step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lordo_ds.config import LordoConfig
+from lordo_ds.core.basis import refresh_basis, sketch_seed
+from lordo_ds.core.grouping import ParameterPlan
+from lordo_ds.core.schedule import SyncPlan, sync_plan
+
+
+class Reference:
+    """LoRDO, arXiv 2602.04396, on M replicas held in memory; `weights` are updated in place."""
+
+    def __init__(self, config: LordoConfig, plans: list[ParameterPlan], weights: list[dict[str, Tensor]]) -> None:
+        self.config, self.plans, self.weights = config, plans, weights
+        self.M, self.n = len(weights), 0
+        self.own_basis = self.M == 1 or config.projection == "local"
+        self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
+        self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
+        self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
+
+    def _zeros(self, p: ParameterPlan) -> dict[str, Any]:
+        like = self.anchor[p.name]
+        shape = (p.rank, p.other_side) if p.low_rank else p.shape
+        state = {"t": 0, "Q": None, "u": like.new_zeros(shape), "v": like.new_zeros(shape)}
+        if p.low_rank:
+            s, l = p.basis_side, p.other_side  # noqa: E741
+            state |= {"E": like.new_zeros(s, l), "row": like.new_zeros(s), "col": like.new_zeros(l)}
+        return state
+
+    def step(self, gradients: list[dict[str, Tensor] | None], lr: float | None = None) -> SyncPlan:
+        """One attempted step on every replica, and the sync that it ends in if one is due."""
+        self.n += 1
+        plan = sync_plan(self.config, self.n)
+        executed = [m for m in range(self.M) if gradients[m] is not None]
+        for p in self.plans:
+            if p.low_rank and executed:
+                self._bases_before(p, plan, [gradients[m][p.name] if m in executed else None for m in range(self.M)])  # type: ignore[index]
+            for m in executed:
+                lr_m = self.config.lr if lr is None else lr
+                self._inner(p, self.weights[m][p.name], gradients[m][p.name], self.state[m][p.name], lr_m)  # type: ignore[index]
+        if plan.due:
+            self._sync(plan, gradients)
+        return plan
+
+    def _bases_before(self, p: ParameterPlan, plan: SyncPlan, gradients: list[Tensor | None]) -> None:
+        """First bases, and those that a replica refreshes inside a due step from its own A = G + E."""
+        refresh = self.config.basis_source == "gradient" and self.own_basis and plan.refresh_basis
+        if not self.own_basis and self.state[0][p.name]["Q"] is None:
+            mean = torch.stack([p.orient(G) for G in gradients if G is not None]).mean(0)
+            for m in range(self.M):
+                self._refresh(p, self.state[m][p.name], mean)
+        for m, G in enumerate(gradients):
+            S = self.state[m][p.name]
+            if self.own_basis and G is not None and (S["Q"] is None or refresh):
+                self._refresh(p, S, p.orient(G) + (S["E"] if self.config.error_feedback else 0))
+
+    def _refresh(self, p: ParameterPlan, S: dict[str, Any], D: Tensor) -> None:
+        """Q' from D, and the moments in it: u <- R u; v <- c2 |R^2 (v^ - u^^2) + (R u^)^2|, R = Q'^T Q."""
+        old = S["Q"]
+        S["Q"] = refresh_basis(
+            D, old, p.rank, method=self.config.basis_update, source=self.config.basis_source, seed=sketch_seed(p.name, self.n)
+        ).basis
+        if old is not None and S["t"] > 0:
+            R = S["Q"].T @ old
+            c1, c2 = (1 - b ** S["t"] for b in self.config.betas)
+            u, v = S["u"] / c1, S["v"] / c2
+            S["u"], S["v"] = R @ S["u"], c2 * ((R**2) @ (v - u**2) + (R @ u) ** 2).abs()
+
+    def _inner(self, p: ParameterPlan, weight: Tensor, gradient: Tensor, S: dict[str, Any], lr: float) -> None:
+        (b1, b2), omega, mode = self.config.betas, self.config.omega, self.config.qh_mode
+        S["t"] += 1
+        c1, c2 = 1 - b1 ** S["t"], 1 - b2 ** S["t"]
+        weight *= 1 - lr * self.config.weight_decay
+        W, G = (p.orient(weight), p.orient(gradient)) if p.low_rank else (weight, gradient)
+        Q = S["Q"] if p.low_rank else None
+        A = G + S["E"] if Q is not None and self.config.error_feedback else G
+        g = A if Q is None else Q.T @ A
+        if Q is not None and self.config.error_feedback:
+            S["E"] = A - Q @ g
+        S["u"] = b1 * S["u"] + (1 - b1) * g
+        S["v"] = b2 * S["v"] + (1 - b2) * g**2
+        den = torch.sqrt(S["v"] / c2) + self.config.eps
+        N = (S["u"] / c1) / den
+        if Q is None:
+            W -= lr * N
+        elif mode == "none":
+            W -= lr * (Q @ N)
+        elif mode == "full_rank":
+            W -= lr * ((1 - omega) * G / den.mean(0, keepdim=True) + omega * (Q @ N))
+        else:
+            W -= lr * (Q @ (((1 - omega) * (Q.T @ G) + omega * S["u"] / c1) / den))
+        if Q is not None and mode == "factored":
+            S["row"] = b2 * S["row"] + (1 - b2) * (G**2).mean(1)
+            S["col"] = b2 * S["col"] + (1 - b2) * (G**2).mean(0)
+            rh, ch = S["row"] / c2, S["col"] / c2
+            if rh.mean() > 0:
+                P = G - Q @ (Q.T @ G)
+                W -= lr * (1 - omega) * P / (torch.sqrt(torch.outer(rh, ch) / rh.mean()) + self.config.eps)
+
+    def _sync(self, plan: SyncPlan, gradients: list[dict[str, Tensor] | None]) -> None:
+        """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
+        finite = [m for m in range(self.M) if self._is_finite(m)]
+        for p in self.plans:
+            if not finite:  # nobody to learn from: back to the anchor, with fresh moments in the old basis
+                for m in range(self.M):
+                    self.weights[m][p.name].copy_(self.anchor[p.name])
+                    self.state[m][p.name] |= {k: v for k, v in self._zeros(p).items() if k != "Q"}
+                continue
+            own = {m: self.anchor[p.name] - self.weights[m][p.name] for m in finite}
+            D = torch.stack(list(own.values())).mean(0)
+            outer, step = self.config.outer, D
+            if not plan.plain_average:
+                mu = outer.momentum
+                self.momentum[p.name] = mu * self.momentum[p.name] + D
+                step = outer.lr * (D + mu * self.momentum[p.name] if outer.nesterov else self.momentum[p.name])
+            self.anchor[p.name] = self.anchor[p.name] - step
+            for m in range(self.M):
+                self.weights[m][p.name].copy_(self.anchor[p.name])
+            self._common_steps(p, finite)
+            self._average_moments(p, plan, finite)
+            if p.low_rank and plan.refresh_basis and not (self.config.basis_source == "gradient" and self.own_basis):
+                shared = None if self.own_basis and self.M > 1 else D
+                if self.config.basis_source == "gradient":
+                    parts = [p.orient(G[p.name]) + (self.state[m][p.name]["E"] if self.config.error_feedback else 0)
+                             for m, G in enumerate(gradients) if G is not None and m in finite]
+                    shared = p.orient(torch.zeros_like(D)) if not parts else torch.stack(parts).mean(0)
+                elif shared is not None:
+                    shared = p.orient(shared)
+                for m in finite:
+                    if self.state[m][p.name]["Q"] is not None:
+                        self._refresh(p, self.state[m][p.name], p.orient(own[m]) if shared is None else shared)
+            for m in set(range(self.M)) - set(finite):  # a left-out replica adopts the first finite one's state
+                donor = self.state[finite[0]][p.name]
+                self.state[m][p.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in donor.items()}
+                if p.low_rank:
+                    self.state[m][p.name]["E"].zero_()
+
+    def _is_finite(self, m: int) -> bool:
+        tensors = list(self.weights[m].values())
+        for S in self.state[m].values():
+            tensors += [S[key] for key in ("u", "v", "row", "col", "E") if key in S]
+        return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+    def _common_steps(self, p: ParameterPlan, finite: list[int]) -> None:
+        """Every replica takes the largest t; its moments keep their bias-corrected values."""
+        common = max(self.state[m][p.name]["t"] for m in finite)
+        for m in finite:
+            S = self.state[m][p.name]
+            S["fresh"] = S["t"] == 0 and common > 0  # never stepped: nothing to contribute to an average
+            if 0 < S["t"] < common:
+                for keys, b in ((("u",), self.config.betas[0]), (("v", "row", "col"), self.config.betas[1])):
+                    for key in keys:
+                        if key in S:
+                            S[key] = S[key] * (1 - b**common) / (1 - b ** S["t"])
+            S["t"] = common
+
+    def _average_moments(self, p: ParameterPlan, plan: SyncPlan, finite: list[int]) -> None:
+        wanted = [("u", plan.average_exp_avg), ("v", plan.average_exp_avg_sq)]
+        wanted += [("row", plan.average_exp_avg_sq), ("col", plan.average_exp_avg_sq)] if p.low_rank else []
+        states = [self.state[m][p.name] for m in finite]
+        givers = [S for S in states if not S["fresh"]]
+        for key, due in wanted:
+            if due and (p.low_rank or self.config.average_dense_moments):
+                mean = torch.stack([S[key] for S in givers]).mean(0)
+                for S in states:
+                    S[key] = mean.clone()

@@ -1,0 +1,58 @@
+"""Which attempted steps end in a sync, and what that sync does. Plain integers, equal on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lordo_ds.config import LordoConfig
+
+
+@dataclass(frozen=True)
+class SyncPlan:
+    """What the sync at the end of one attempted step does."""
+
+    due: bool
+    plain_average: bool = False
+    refresh_basis: bool = False
+    average_exp_avg: bool = False
+    average_exp_avg_sq: bool = False
+
+
+def sync_plan(config: LordoConfig, step: int) -> SyncPlan:
+    """The sync at the end of attempted step `step` (counted from 1).
+
+    The first `sync_warmup_steps` steps average weights and moments every time, by plain averaging; the
+    basis is refreshed only at multiples of `sync_interval`. After them, multiples of `sync_interval` are due.
+    """
+    warming_up = step <= config.sync_warmup_steps
+    on_interval = step % config.sync_interval == 0
+    if not (warming_up or on_interval):
+        return SyncPlan(due=False)
+    return _plan(config, step, warming_up, on_interval)
+
+
+def final_plan(config: LordoConfig, step: int) -> SyncPlan:
+    """A sync forced at `step`, as at the end of training."""
+    return _plan(config, step, step <= config.sync_warmup_steps, True)
+
+
+def _plan(config: LordoConfig, step: int, warming_up: bool, on_interval: bool) -> SyncPlan:
+    shared_moments = config.projection == "global"
+    average = [
+        shared_moments and interval > 0 and (warming_up or step % interval == 0)
+        for interval in config.moment_sync_intervals
+    ]
+    return SyncPlan(
+        due=True,
+        plain_average=warming_up or config.outer.is_plain_average,
+        refresh_basis=on_interval,
+        average_exp_avg=average[0],
+        average_exp_avg_sq=average[1],
+    )
+
+
+def steps_until_sync(config: LordoConfig, step: int) -> int:
+    """Attempted steps from `step` (already done) to the end of the next one that is due, >= 1."""
+    if step < config.sync_warmup_steps:
+        return 1
+    return config.sync_interval - step % config.sync_interval

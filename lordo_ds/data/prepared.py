@@ -1,0 +1,131 @@
+"""Text -> sentencepiece -> Megatron `.bin`/`.idx`, once per content and settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import sentencepiece
+
+from lordo_ds.data.cache import build_once, default_cache
+from lordo_ds.data.corpus import Corpus, DataError, open_corpus
+from lordo_ds.data.indexed import read_lengths, token_dtype, write_indexed
+from lordo_ds.data.tokenizer import Tokenizer, train_tokenizer
+
+DEFAULT_VOCAB = 4096
+
+_FORMAT = 1
+"""Raise it when the same text and settings would give other files."""
+_SHUFFLE_SEED = 0
+_BATCH_DOCUMENTS = 256
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A tokenized corpus in the cache; equal on all processes that were given the same text and settings."""
+
+    folder: Path
+    key: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    vocab_size: int
+
+    @property
+    def prefix(self) -> Path:
+        """What Megatron calls the data path: the `.bin` and `.idx` names without their suffix."""
+        return self.folder / "tokens"
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.folder / "tokenizer.model")
+
+    def held_out(self, fraction: float = 0.05, min_tokens: int = 0) -> int:
+        """How many documents, the last ones, to validate on: `fraction` of the tokens, `min_tokens` at least.
+
+        Raises:
+            DataError: the documents are too few or too short to leave `min_tokens` on both sides.
+        """
+        lengths, _ = read_lengths(self.prefix)
+        from_the_end = np.cumsum(lengths[::-1], dtype=np.int64)
+        count = int(np.searchsorted(from_the_end, max(fraction * self.tokens, min_tokens))) + 1
+        held = int(from_the_end[min(count, len(lengths)) - 1])
+        if count >= self.documents or self.tokens - held < min_tokens:
+            raise DataError(
+                f"the data has {self.documents} documents and {self.tokens} tokens: too few to keep {min_tokens} "
+                "tokens of whole documents for validation and as many for training; give more text"
+            )
+        return count
+
+    def validation_tokens(self, documents: int) -> npt.NDArray[np.integer]:
+        """The tokens of the last `documents` documents."""
+        lengths, dtype = read_lengths(self.prefix)
+        return np.memmap(self.prefix.with_suffix(".bin"), dtype=dtype, mode="r")[-int(lengths[-documents:].sum()) :]
+
+
+def prepare(
+    paths: Sequence[str | Path] = (),
+    vocab_size: int = DEFAULT_VOCAB,
+    cache: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> PreparedData:
+    """Tokenize these files, or the embedded corpus where there are none, or find that done in the cache.
+
+    Needs no process group: processes on one machine meet at the cache's lock. `say` gets progress lines.
+
+    Raises:
+        DataError: a file, or a setting, that cannot be used.
+    """
+    corpus = open_corpus(paths)
+    key = _key(corpus, vocab_size)
+
+    def build(folder: Path) -> None:
+        say(f"tokenizing {corpus.name} (once; kept in {folder.parent})")
+        started = time.perf_counter()
+        info = _build(folder, corpus, vocab_size)
+        say(f"tokenized {info['documents']} documents, {info['tokens']} tokens in {time.perf_counter() - started:.1f} s")
+
+    folder = build_once((cache or default_cache()) / f"data-{key}", build, say)
+    return PreparedData(folder=folder, key=key, **json.loads((folder / "info.json").read_text()))
+
+
+def unigram_entropy(tokens: npt.NDArray[np.integer]) -> float:
+    """Entropy in nats per token of the tokens' own frequencies; its exponential is a perplexity.
+
+    No model that ignores context has a lower mean loss on these tokens.
+    """
+    counts = np.bincount(tokens)
+    shares = counts[counts > 0] / len(tokens)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _key(corpus: Corpus, vocab_size: int) -> str:
+    settings = [_FORMAT, sentencepiece.__version__, vocab_size, corpus.fingerprint()]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
+
+
+def _build(folder: Path, corpus: Corpus, vocab_size: int) -> dict[str, int]:
+    """Fill `folder` with tokenizer.model, tokens.bin, tokens.idx and info.json."""
+    model_path = folder / "tokenizer.model"
+    model_path.write_bytes(train_tokenizer(corpus.documents(), vocab_size))
+    tokenizer = Tokenizer(model_path)
+    seen = {"documents": 0, "text_bytes": 0}
+
+    def tokenized() -> Iterator[npt.NDArray[np.integer]]:
+        stream = corpus.documents()
+        while batch := list(islice(stream, _BATCH_DOCUMENTS)):
+            for text, ids in zip(batch, tokenizer.tokenize_all(batch), strict=True):
+                seen["documents"] += 1
+                seen["text_bytes"] += len(text.encode())
+                yield np.array([*ids, tokenizer.eod])
+
+    tokens = write_indexed(folder / "tokens", tokenized(), token_dtype(tokenizer.vocab_size), _SHUFFLE_SEED)
+    info = {**seen, "tokens": tokens, "vocab_size": tokenizer.vocab_size}
+    (folder / "info.json").write_text(json.dumps(info))
+    return info

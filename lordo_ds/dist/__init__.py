@@ -1,0 +1,1 @@
+"""Everything that crosses replicas: groups, wire, byte ledger, and the outer sync."""

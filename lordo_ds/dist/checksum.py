@@ -1,0 +1,33 @@
+"""Checksums of bit patterns: equal tensors agree, a flipped sign or a swapped pair of values does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20
+_WEIGHT_STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; sums wrap modulo 2^64
+_COMBINE = 1_000_003
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """A position-weighted 64-bit sum over the bit patterns of all tensors, in order."""
+    total: Tensor | None = None
+    for tensor in tensors:
+        part = _tensor_checksum(tensor.detach())
+        total = part if total is None else total.to(part.device) * _COMBINE + part
+    return 0 if total is None else int(total)
+
+
+def _tensor_checksum(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().flatten()
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    bits = flat.view(integers)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, bits.numel(), _CHUNK):
+        chunk = bits[start : start + _CHUNK].to(torch.int64)
+        weights = torch.arange(start, start + chunk.numel(), dtype=torch.int64, device=flat.device)
+        total += (chunk * (weights * _WEIGHT_STEP + 1)).sum()
+    return total

@@ -1,0 +1,35 @@
+"""Bytes that a rank sent across replicas, by kind, since start and in the last sync."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+
+def reduction_bytes(payload_bytes: int, replicas: int) -> int:
+    """Bytes one rank sends in an all-reduce: payload x 2 (M-1) / M, a ring's cost."""
+    return payload_bytes * 2 * (replicas - 1) // replicas
+
+
+def gather_bytes(payload_bytes: int, replicas: int) -> int:
+    """Bytes one rank sends in an all-gather of `payload_bytes` per rank: payload x (M-1)."""
+    return payload_bytes * (replicas - 1)
+
+
+class ByteLedger:
+    """Counts bytes sent across replicas by kind ("pseudo_gradient", "exp_avg", "header", ...)."""
+
+    def __init__(self) -> None:
+        self.by_kind: Counter[str] = Counter()
+
+    def add(self, kind: str, sent_bytes: int) -> None:
+        self.by_kind[kind] += sent_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.by_kind.values())
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.by_kind)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.by_kind = Counter(state)

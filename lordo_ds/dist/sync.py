@@ -1,0 +1,548 @@
+"""The outer sync: the one object through which anything crosses replicas."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lordo_ds.config import LordoConfig
+from lordo_ds.core.basis import overlap, refresh_basis, sketch_seed
+from lordo_ds.core.grouping import ParameterPlan
+from lordo_ds.core.inner import StepSettings, rescale_bias_correction, rotate_moments_, with_error
+from lordo_ds.core.outer import outer_update, pseudo_gradient
+from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.dist.checksum import checksum
+from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
+from lordo_ds.dist.wire import ReplicaWire
+
+logger = logging.getLogger("lordo_ds")
+
+DEFAULT_BUCKET_NUMEL = 1 << 24  # elements reduced in one message; bounds the workspace of a sync
+_HEADER_FIELDS = 6  # step, rows, finite, executed steps, executed now, basis checksum
+_TRAILER_FIELDS = 4  # checksum, |D_m|^2, energy inside the basis, energy
+
+
+class SyncError(RuntimeError):
+    """The replicas can no longer be trusted to be equal; training must not go on."""
+
+
+@dataclass
+class SyncItem:
+    """One parameter as the sync sees it. `weight` is the full-precision tensor that the optimizer steps.
+
+    `gradient` and `settings` are kept from one `step()` to the end of the same attempted step, where a first
+    basis is still missing (the update is then deferred) or the basis comes from the gradient.
+    """
+
+    plan: ParameterPlan
+    weight: Tensor
+    state: dict[str, Any]
+    betas: tuple[float, float]
+    gradient: Tensor | None = None
+    settings: StepSettings | None = None
+    # Energies of the last measured gradient, inside the basis and in all; this replica's own pseudo-gradient.
+    energies: tuple[Tensor, Tensor] | None = None
+    own_pseudo_gradient: Tensor | None = None
+
+    @property
+    def basis(self) -> Tensor | None:
+        """Q, or None before the first one; its storage exists from the start."""
+        return self.state["basis"] if self.state.get("has_basis") else None
+
+    @basis.setter
+    def basis(self, basis: Tensor) -> None:
+        self.state["basis"].copy_(basis)
+        self.state["has_basis"] = True
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    def moments(self) -> dict[str, tuple[Tensor, float]]:
+        """Name -> (tensor, its beta), of every running average."""
+        names = {"exp_avg": 0, "exp_avg_sq": 1, "row_mean_sq": 1, "col_mean_sq": 1}
+        return {name: (self.state[name], self.betas[which]) for name, which in names.items() if name in self.state}
+
+
+@dataclass
+class SyncReport:
+    """What one sync did, as a user would ask; energies and drift are averages over replicas."""
+
+    step: int
+    replicas: int
+    participants: int
+    seconds: float = 0.0
+    bytes_sent: int = 0
+    drift: float = 0.0
+    overlap: float | None = None
+    captured_gradient_energy: float | None = None
+    captured_pseudo_gradient_energy: float | None = None
+    returned_to_anchor: bool = False
+    basis_notes: dict[str, str] = field(default_factory=dict)
+
+
+class OuterSync:
+    """Averages the replicas' pseudo-gradients, steps the outer optimizer and refreshes the bases.
+
+    Source: LoRDO, arXiv 2602.04396; outer optimizer as DiLoCo, arXiv 2311.08105; separate intervals for the
+    moments as DES-LOC, arXiv 2505.22549. The items are in the same order on every replica.
+    """
+
+    def __init__(
+        self,
+        config: LordoConfig,
+        items: Sequence[SyncItem],
+        wire: ReplicaWire,
+        bucket_numel: int = DEFAULT_BUCKET_NUMEL,
+    ) -> None:
+        self.config, self.items, self.wire = config, list(items), wire
+        self.own_basis = wire.replicas == 1 or config.projection == "local"
+        self.buckets = [self.items[a:b] for a, b in _bucket_bounds([i.plan.numel for i in self.items], bucket_numel)]
+        self.syncs = 0
+        self.nonfinite_syncs = 0
+        self.left_out_syncs = 0
+        self.last_report: SyncReport | None = None
+        self.rows: list[list[float]] = []
+        self._averaged_rows: list[list[float]] = []
+        self._told: set[tuple[str, str]] = set()
+
+    # -- start ---------------------------------------------------------------------------------------
+
+    def start(self) -> bool:
+        """Make the weights equal to those of replica 0 and set the anchors; True if they were equal before."""
+        equal = True
+        if self.wire.replicas > 1:
+            sums = self.wire.gather(self._vector([checksum(item.weight for item in self.items)]), "start")
+            equal = bool((sums == sums[0]).all())
+            for item in self.items if not equal else ():
+                self.wire.broadcast_(item.weight, "start")
+        for item in self.items:
+            if self.needs_anchor(item.plan):
+                item.state["anchor"] = self._place(item.weight)
+            if not self.config.outer.is_plain_average:
+                item.state["outer_momentum"] = self._place(torch.zeros_like(item.weight), torch.float32)
+        return equal
+
+    def needs_anchor(self, plan: ParameterPlan) -> bool:
+        """One replica with plain averaging needs the anchor only where the basis comes from D."""
+        from_weights = plan.low_rank and self.config.basis_source != "gradient"
+        return self.wire.replicas > 1 or not self.config.outer.is_plain_average or from_weights
+
+    def _place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A copy of the tensor where `anchor` says; by default pinned host memory for CUDA tensors."""
+        device = self.config.anchor.device or ("cpu" if tensor.is_cuda else "same")
+        if tensor.dtype == torch.float64:
+            dtype = torch.float64
+        elif dtype is None:
+            dtype = torch.bfloat16 if self.config.anchor.dtype == "bf16" else torch.float32
+        if device == "same" or not tensor.is_cuda:
+            return tensor.detach().to(dtype, copy=True)
+        host = torch.empty(tensor.shape, dtype=dtype, pin_memory=True)
+        return host.copy_(tensor.detach())
+
+    # -- the first basis -----------------------------------------------------------------------------
+
+    def waits_for_basis(self) -> bool:
+        """Whether some matrix has no basis yet that only all replicas together can give it."""
+        return not self.own_basis and any(item.plan.low_rank and item.basis is None for item in self.items)
+
+    def first_basis(self, step: int) -> bool:
+        """Bases from the first gradient averaged over the replicas that executed it. Collective.
+
+        Returns:
+            Whether there was such a replica; otherwise it is tried again after the next step.
+        """
+        waiting = [item for item in self.items if item.plan.low_rank and item.basis is None]
+        deferred = [item.gradient for item in waiting if item.gradient is not None]
+        executed = bool(deferred) and _all_finite(deferred)
+        flags = self.wire.gather(self._vector([step, int(executed)]), "first_basis")
+        self._assert_same("step", flags[:, 0])
+        givers = int(flags[:, 1].sum())
+        if givers == 0:
+            return False
+        for item in waiting:
+            give = executed and item.gradient is not None
+            mean = item.gradient.clone() if give and item.gradient is not None else torch.zeros_like(item.weight)
+            self.wire.sum_(mean, "first_basis").div_(givers)
+            self._set_basis(item, mean, step)
+        return True
+
+    def refresh_from(self, item: SyncItem, matrix: Tensor, step: int) -> None:
+        """Refresh one basis from a matrix shaped like the parameter, and express the moments in it."""
+        self._set_basis(item, matrix, step)
+
+    def _set_basis(self, item: SyncItem, matrix: Tensor, step: int) -> None:
+        old = item.basis
+        refreshed = refresh_basis(
+            item.plan.orient(matrix),
+            old,
+            item.plan.rank,
+            method=self.config.basis_update,
+            source=self.config.basis_source,
+            seed=sketch_seed(item.plan.name, step),
+        )
+        if refreshed.note:
+            what = "keeping the previous basis" if refreshed.kept else "basis"
+            # A lasting condition is told once a parameter; the report of every sync carries it.
+            level = logging.DEBUG if (item.plan.name, refreshed.note) in self._told else logging.WARNING
+            self._told.add((item.plan.name, refreshed.note))
+            logger.log(level, "LoRDO: %s of %s at step %d: %s", what, item.plan.name, step, refreshed.note)
+            if self.last_report is not None:
+                self.last_report.basis_notes[item.plan.name] = refreshed.note
+        if old is not None and not refreshed.kept:
+            moments = item.state["exp_avg"], item.state["exp_avg_sq"]
+            rotate_moments_(*moments, old, refreshed.basis, item.betas, item.step)
+        item.basis = refreshed.basis
+
+    # -- the sync ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self, plan: SyncPlan, step: int, executed_steps: int, executed_now: bool) -> int:
+        """The sync at the end of attempted step `step`. Collective over all replicas.
+
+        Order: pseudo-gradient from the raw weights; weights and anchor; moments; basis from the raw
+        pseudo-gradient; moments in the new basis; checksum.
+
+        Args:
+            executed_steps: steps that this replica executed so far (fp16 overflows are not executed).
+            executed_now: whether it executed the one that just ended.
+
+        Returns:
+            The executed steps of the replica that executed most; every replica takes it over.
+
+        Raises:
+            SyncError: the replicas differ where they must not, or none was finite too many times in a row.
+        """
+        began, sent_before = time.perf_counter(), self.wire.ledger.total_bytes
+        header = self._exchange_header(step, executed_steps, executed_now)
+        finite = header[:, 2].bool().tolist()
+        participants = [m for m, ok in enumerate(finite) if ok]
+        report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
+        self._reduce_rows()
+        common_executed = int(header[participants or slice(None), 3].max())
+        if participants:
+            self.nonfinite_syncs = 0
+            norms = self._sync_participants(plan, step, header, participants)
+        else:
+            norms = (0.0, 0.0)
+            self._return_to_anchor(report)
+        self.syncs += 1
+        self._finish(plan, report, norms)
+        report.seconds = time.perf_counter() - began
+        report.bytes_sent = self.wire.ledger.total_bytes - sent_before
+        return common_executed
+
+    def _exchange_header(self, step: int, executed_steps: int, executed_now: bool) -> Tensor:
+        finite = self.wire.replicas == 1 or self._is_finite()
+        shared_bases = [] if self.own_basis else [i.basis for i in self.items if i.basis is not None]
+        fields = [step, len(self.rows), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
+        assert len(fields) == _HEADER_FIELDS
+        header = self.wire.gather(self._vector(fields + [item.step for item in self.items]), "header").cpu()
+        self._assert_same("step", header[:, 0])
+        self._assert_same("recorded rows", header[:, 1])
+        if not bool((header[:, 5] == header[0, 5]).all()):
+            raise SyncError(f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}")
+        return header
+
+    def _is_finite(self) -> bool:
+        tensors = [item.weight for item in self.items]
+        for item in self.items:
+            tensors += [tensor for tensor, _ in item.moments().values()]
+            if "error" in item.state:
+                tensors.append(item.state["error"])
+        return _all_finite(tensors)
+
+    def _sync_participants(
+        self, plan: SyncPlan, step: int, header: Tensor, participants: list[int]
+    ) -> tuple[float, float]:
+        """Returns the squared norms of this replica's and of the mean pseudo-gradient."""
+        takes_part = self.wire.index in participants
+        gives_gradient = [m for m in participants if header[m, 4]]
+        own_norm, mean_norm, overlaps, captured = 0.0, 0.0, [], [0.0, 0.0]
+        position = _HEADER_FIELDS
+        for bucket in self.buckets:
+            steps = header[:, position : position + len(bucket)]
+            position += len(bucket)
+            anchored = [item for item in bucket if "anchor" in item.state]
+            means, own = self._mean_pseudo_gradients(anchored, participants, takes_part)
+            own_norm += own
+            for item, mean in zip(anchored, means, strict=True):
+                mean_norm += float(mean.square().sum())
+                self._step_weight(item, mean, plan)
+            self._common_moments(plan, bucket, steps, participants, takes_part)
+            if not plan.refresh_basis:
+                continue
+            by_item = {id(item): mean for item, mean in zip(anchored, means, strict=True)}
+            for item in bucket:
+                matrix = self._basis_matrix(item, by_item, gives_gradient, takes_part)
+                if matrix is None:
+                    continue
+                assert item.basis is not None
+                old = item.basis.clone()
+                self._set_basis(item, matrix, step)
+                overlaps.append(overlap(item.basis, old))
+                captured[0] += float((item.basis.mT @ item.plan.orient(matrix)).square().sum())
+                captured[1] += float(matrix.square().sum())
+        self._reseed(participants, takes_part, step)
+        report = self.last_report
+        assert report is not None
+        report.overlap = sum(overlaps) / len(overlaps) if overlaps else None
+        report.captured_pseudo_gradient_energy = captured[0] / captured[1] if captured[1] > 0 else None
+        return own_norm, mean_norm
+
+    def _mean_pseudo_gradients(
+        self, items: list[SyncItem], participants: list[int], takes_part: bool
+    ) -> tuple[list[Tensor], float]:
+        """D of each item, averaged over the participants; and the squared norm of this replica's own."""
+        if not items:
+            return [], 0.0
+        flat = torch.zeros(sum(i.plan.numel for i in items), dtype=items[0].weight.dtype, device=items[0].weight.device)
+        parts = [p.view_as(i.weight) for i, p in zip(items, flat.split([i.plan.numel for i in items]), strict=True)]
+        if takes_part:
+            for item, part in zip(items, parts, strict=True):
+                pseudo_gradient(item.state["anchor"], item.weight, out=part)
+                if self.config.projection == "local":
+                    item.own_pseudo_gradient = part.clone()
+        own = float(flat.square().sum())
+        if self.wire.replicas > 1:
+            flat.div_(len(participants))
+            if self.config.pseudo_gradient_dtype == "bf16":
+                flat.copy_(self.wire.sum_(flat.to(torch.bfloat16), "pseudo_gradient"))
+            else:
+                self.wire.sum_(flat, "pseudo_gradient")
+        return parts, own
+
+    def _step_weight(self, item: SyncItem, mean: Tensor, plan: SyncPlan) -> None:
+        """W = anchor - outer(D); anchor = W. One replica's plain average is its own weights, untouched."""
+        anchor = item.state["anchor"]
+        if self.wire.replicas > 1 or not plan.plain_average:
+            momentum = None if plan.plain_average else item.state["outer_momentum"]
+            item.weight.copy_(anchor)
+            item.weight.sub_(outer_update(mean, momentum, self.config.outer))
+        anchor.copy_(item.weight)
+
+    def _common_moments(
+        self, plan: SyncPlan, bucket: list[SyncItem], steps: Tensor, participants: list[int], takes_part: bool
+    ) -> None:
+        """Every replica takes the largest t; moments are averaged where due, else keep their bias-corrected value."""
+        to_average: list[tuple[Tensor, float, int]] = []
+        for column, item in enumerate(bucket):
+            counts = steps[participants, column]
+            common = int(counts.max())
+            givers = int((counts > 0).sum()) if common else len(participants)
+            shared = item.plan.low_rank or self.config.average_dense_moments
+            for name, (tensor, beta) in item.moments().items():
+                due = shared and (plan.average_exp_avg if name == "exp_avg" else plan.average_exp_avg_sq)
+                if takes_part:
+                    tensor.mul_(rescale_bias_correction(beta, item.step, common))
+                else:
+                    tensor.zero_()
+                if due:
+                    kind = 0 if name == "exp_avg" else 1
+                    to_average.append((tensor, 1.0 / givers, kind))
+            item.state["step"] = common
+        if self.wire.replicas == 1:
+            return
+        for which, kind_name in enumerate(("exp_avg", "exp_avg_sq")):
+            chosen = [(tensor, weight) for tensor, weight, kind in to_average if kind == which]
+            if not chosen:
+                continue
+            flat = torch.cat([tensor.flatten() * weight for tensor, weight in chosen])
+            self.wire.sum_(flat, kind_name)
+            for (tensor, _), part in zip(chosen, flat.split([t.numel() for t, _ in chosen]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def _basis_matrix(
+        self, item: SyncItem, means: dict[int, Tensor], gives_gradient: list[int], takes_part: bool
+    ) -> Tensor | None:
+        """What the basis of this item is refreshed from at a sync; None where a sync does not refresh it."""
+        if not item.plan.low_rank or item.basis is None:
+            return None
+        if self.config.basis_source != "gradient":
+            if self.config.projection == "local" and self.wire.replicas > 1:
+                return item.own_pseudo_gradient
+            return means[id(item)]
+        if self.own_basis:
+            return None  # refreshed inside the due step already
+        matrix = torch.zeros_like(item.weight)
+        if self.wire.index in gives_gradient and item.gradient is not None:
+            matrix.copy_(with_error(item.gradient, item.state.get("error")))
+        return self.wire.sum_(matrix, "gradient").div_(max(1, len(gives_gradient)))
+
+    def _reseed(self, participants: list[int], takes_part: bool, step: int) -> None:
+        """Give replicas that were left out the basis and moments of the first participant."""
+        if len(participants) == self.wire.replicas:
+            return
+        left_out = sorted(set(range(self.wire.replicas)) - set(participants))
+        self.left_out_syncs += 1
+        logger.warning("LoRDO: replicas %s were not finite at step %d: left out of this sync and reseeded", left_out, step)
+        donor = participants[0]
+        for item in self.items:
+            tensors = [tensor for tensor, _ in item.moments().values()]
+            tensors += [item.state["basis"]] if item.plan.low_rank else []
+            for tensor in tensors:
+                received = tensor if not takes_part else tensor.clone()
+                self.wire.broadcast_(received, "reseed", donor)
+            if not takes_part and item.plan.low_rank:
+                item.state["has_basis"] = bool(item.state["basis"].any())
+                if "error" in item.state:
+                    item.state["error"].zero_()
+
+    def _return_to_anchor(self, report: SyncReport) -> None:
+        """No replica is finite: all go back to the anchor with fresh moments, or the run stops."""
+        report.returned_to_anchor = True
+        self.nonfinite_syncs += 1
+        limit = self.config.max_nonfinite_syncs
+        logger.warning("LoRDO: no replica is finite at step %d (%d in a row): back to the anchor", report.step, self.nonfinite_syncs)
+        if self.nonfinite_syncs >= limit:
+            raise SyncError(
+                f"LoRDO: no replica was finite at {limit} syncs in a row, the last at step {report.step}: "
+                "lower the learning rate, or resume from a checkpoint before it"
+            )
+        for item in self.items:
+            item.weight.copy_(item.state["anchor"])
+            for tensor, _ in item.moments().values():
+                tensor.zero_()
+            if "error" in item.state:
+                item.state["error"].zero_()
+            item.state["step"] = 0
+
+    def _finish(self, plan: SyncPlan, report: SyncReport, norms: tuple[float, float]) -> None:
+        """Prove that the replicas are equal, and average what the report says of them."""
+        inside, energy = self._gradient_energies()
+        for item in self.items:
+            item.gradient = item.own_pseudo_gradient = None
+        if self.wire.replicas > 1:
+            numbers = torch.tensor([norms[0], inside, energy], dtype=torch.float64)
+            trailer = torch.cat([torch.tensor([checksum(self._shared_tensors(plan))]), numbers.view(torch.int64)])
+            assert trailer.numel() == _TRAILER_FIELDS
+            rows = self.wire.gather(self._vector(trailer.tolist()), "checksum").cpu()
+            if not bool((rows[:, 0] == rows[0, 0]).all()):
+                raise SyncError(f"LoRDO: the replicas differ after the sync at step {report.step}: {self._culprit('all', plan)}")
+            sums = rows[:, 1:].contiguous().view(torch.float64).sum(0)
+            mean_own = float(sums[0]) / max(1, report.participants)
+            # Mean squared distance from the mean, by the variance identity.
+            report.drift = (max(0.0, mean_own - norms[1]) / norms[1]) ** 0.5 if norms[1] > 0 else 0.0
+            inside, energy = float(sums[1]), float(sums[2])
+        report.captured_gradient_energy = inside / energy if energy > 0 else None
+
+    def _gradient_energies(self) -> tuple[float, float]:
+        inside = energy = 0.0
+        for item in self.items:
+            measured, item.energies = item.energies, None
+            if measured is not None and all(bool(torch.isfinite(value)) for value in measured):
+                inside, energy = inside + float(measured[0]), energy + float(measured[1])
+        return inside, energy
+
+    def _shared_tensors(self, plan: SyncPlan, item: SyncItem | None = None) -> Iterator[Tensor]:
+        """Everything that must be bitwise equal on all replicas after a sync."""
+        for one in self.items if item is None else [item]:
+            yield one.weight
+            if "outer_momentum" in one.state:
+                yield one.state["outer_momentum"]
+            if one.plan.low_rank and not self.own_basis:
+                if one.basis is not None:
+                    yield one.basis
+                if plan.average_exp_avg:
+                    yield one.state["exp_avg"]
+                if plan.average_exp_avg_sq:
+                    yield one.state["exp_avg_sq"]
+
+    def _culprit(self, what: str, plan: SyncPlan | None = None) -> str:
+        """Name the first parameter whose tensors differ between replicas. Collective."""
+        sums = []
+        for item in self.items:
+            if what == "basis" or plan is None:
+                sums.append(checksum([] if item.basis is None else [item.basis]))
+            else:
+                sums.append(checksum(self._shared_tensors(plan, item)))
+        rows = self.wire.gather(self._vector(sums), "checksum").cpu()
+        for column, item in enumerate(self.items):
+            odd = [m for m in range(self.wire.replicas) if rows[m, column] != rows[0, column]]
+            if odd:
+                return f"{item.plan.name} on replicas {odd} against replica 0"
+        return "no single parameter"
+
+    # -- rows that ride with the sync ----------------------------------------------------------------
+
+    def _reduce_rows(self) -> None:
+        """Average the rows recorded since the last sync over replicas, in one reduction."""
+        if not self.rows:
+            return
+        table = torch.tensor(self.rows, dtype=torch.float64, device=self._device)
+        self.wire.sum_(table, "rows").div_(self.wire.replicas)
+        self._averaged_rows += table.tolist()
+        self.rows = []
+
+    def take_averaged_rows(self) -> list[list[float]]:
+        rows, self._averaged_rows = self._averaged_rows, []
+        return rows
+
+    def flush_rows(self) -> None:
+        """Average the rows recorded so far now. Collective: all replicas recorded equally many."""
+        self._reduce_rows()
+
+    # -- small helpers -------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        return self.items[0].weight.device if self.items else torch.device("cpu")
+
+    def _vector(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
+
+    def _assert_same(self, what: str, values: Tensor) -> None:
+        if not bool((values == values[0]).all()):
+            raise SyncError(f"LoRDO: the replicas are out of step: {what} {values.tolist()}")
+
+    def predicted_bytes(self, plan: SyncPlan, rows: int, row_length: int) -> int:
+        """Bytes that this rank sends across replicas in an ordinary sync (all replicas take part)."""
+        replicas = self.wire.replicas
+        if replicas == 1:
+            return 0
+        sent = gather_bytes(8 * (_HEADER_FIELDS + len(self.items)), replicas) + gather_bytes(8 * _TRAILER_FIELDS, replicas)
+        if rows:
+            sent += reduction_bytes(8 * rows * row_length, replicas)
+        for bucket in self.buckets:
+            width = bucket[0].weight.element_size()
+            wire_width = 2 if self.config.pseudo_gradient_dtype == "bf16" else width
+            sent += reduction_bytes(wire_width * sum(item.plan.numel for item in bucket), replicas)
+            averaged = [i for i in bucket if i.plan.low_rank or self.config.average_dense_moments]
+            for due, names in ((plan.average_exp_avg, ("exp_avg",)), (plan.average_exp_avg_sq, ("exp_avg_sq", "row_mean_sq", "col_mean_sq"))):
+                moments = sum(i.state[n].numel() for i in averaged for n in names if n in i.state)
+                sent += reduction_bytes(width * moments, replicas) if due and moments else 0
+            if plan.refresh_basis and self.config.basis_source == "gradient" and not self.own_basis:
+                sent += sum(reduction_bytes(width * i.plan.numel, replicas) for i in bucket if i.plan.low_rank)
+        return sent
+
+
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element of every tensor is finite, without a mask of their size."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    for group in by_dtype.values():
+        peaks = torch.stack([peak.float() for peak in torch._foreach_norm(group, float("inf"))])
+        if not bool(torch.isfinite(peaks).all()):
+            return False
+    return True
+
+
+def _bucket_bounds(numels: Sequence[int], bucket_numel: int) -> list[tuple[int, int]]:
+    """Consecutive runs of whole parameters, each of at most `bucket_numel` elements unless one alone is larger."""
+    bounds, start, filled = [], 0, 0
+    for index, numel in enumerate(numels):
+        if index > start and filled + numel > bucket_numel:
+            bounds.append((start, index))
+            start, filled = index, 0
+        filled += numel
+    if start < len(numels):
+        bounds.append((start, len(numels)))
+    return bounds

@@ -1,0 +1,108 @@
+"""What a run looks like: the layout at start-up, the status of an engine, the events of a sync."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from lordo_ds.dist.sync import SyncItem
+from lordo_ds.optimizer import LoRDO
+
+
+def state_bytes(optimizer: LoRDO) -> dict[str, int]:
+    """Bytes of optimizer state on this rank by kind, counted over the live tensors.
+
+    Moments of parameters that are not projected are listed as `dense_exp_avg` and `dense_exp_avg_sq`.
+    """
+    kinds: Counter[str] = Counter()
+    for item in _items(optimizer):
+        for key, value in item.state.items():
+            if isinstance(value, Tensor):
+                dense_moment = not item.plan.low_rank and key.startswith("exp_avg")
+                kinds[f"dense_{key}" if dense_moment else key] += value.numel() * value.element_size()
+    return dict(kinds)
+
+
+def status_of(hook: Any) -> dict[str, Any]:
+    """The dict that `lordo_ds.status(engine)` returns; `hook` is the engine's `EngineHook`."""
+    optimizer: LoRDO = hook.optimizer
+    low_rank = [item.plan for item in _items(optimizer) if item.plan.low_rank]
+    dense = [item.plan for item in _items(optimizer) if not item.plan.low_rank]
+    sync = optimizer.sync
+    assert sync is not None
+    report = sync.last_report
+    return {
+        "replicas": hook.replicas,
+        "replica_index": hook.replica_index,
+        "shard_size": hook.groups.layout.replica_size,
+        "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
+        "step": optimizer.attempted_steps,
+        "executed_steps": optimizer.executed_steps,
+        "next_sync_in": optimizer.next_sync_in,
+        "syncs": sync.syncs,
+        "syncs_with_replicas_left_out": sync.left_out_syncs,
+        "nonfinite_syncs_in_a_row": sync.nonfinite_syncs,
+        "low_rank_parameters": len(low_rank),
+        "low_rank_elements": sum(plan.numel for plan in low_rank),
+        "dense_parameters": len(dense),
+        "dense_elements": sum(plan.numel for plan in dense),
+        "state_bytes": state_bytes(optimizer),
+        "bytes_sent": dict(sync.wire.ledger.by_kind),
+        "bytes_sent_total": sync.wire.ledger.total_bytes,
+        "ddp_bytes_per_step": hook.ddp_bytes_per_step,
+        "last_sync": asdict(report) if report else None,
+    }
+
+
+def describe_start(hook: Any) -> list[str]:
+    """The start-up table: mesh, what is projected and why, state by kind."""
+    now = status_of(hook)
+    config = hook.optimizer.config
+    lines = [
+        f"LoRDO: {now['replicas']} replicas of {now['shard_size']} data-parallel ranks; sync every "
+        f"{config.sync_interval} steps; {config.qh_mode}, omega {config.omega:g}, basis from "
+        f"{config.basis_source} ({config.basis_update}), {config.projection} projection",
+        f"LoRDO: {now['low_rank_parameters']} parameters low-rank ({now['low_rank_elements']:,} elements), "
+        f"{now['dense_parameters']} dense ({now['dense_elements']:,} elements)",
+    ]
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for item in _items(hook.optimizer):
+        plan = item.plan
+        groups.setdefault((plan.low_rank, plan.shape, plan.rank, plan.reason, plan.on_larger_side), []).append(plan.name)
+    for (low_rank, shape, rank, reason, larger), names in groups.items():
+        kind = f"rank {rank}" if low_rank else "dense"
+        mark = " [basis on the larger side]" if larger else ""
+        lines.append(f"LoRDO:   {len(names):4d} x {shape!s:16} {kind:9} {reason}{mark}: {names[0]}")
+    state = ", ".join(f"{kind} {mebibytes(size)}" for kind, size in now["state_bytes"].items())
+    adamw = 2 * sum(item.weight.numel() * item.weight.element_size() for item in _items(hook.optimizer))
+    lines.append(f"LoRDO: state on this rank: {state}; AdamW's moments would be {mebibytes(adamw)}")
+    return lines
+
+
+def sync_events(hook: Any, samples: int) -> list[tuple[str, float, int]]:
+    """TensorBoard events of the sync that just ended, over the samples seen."""
+    report = hook.optimizer.last_report
+    values = {
+        "bytes_sent_total": hook.bytes_sent,
+        "bytes_saved_factor": hook.ddp_bytes_per_step * report.step / max(1, hook.bytes_sent),
+        "sync_seconds": report.seconds,
+        "drift": report.drift,
+        "basis_overlap": report.overlap,
+        "captured_gradient_energy": report.captured_gradient_energy,
+        "captured_pseudo_gradient_energy": report.captured_pseudo_gradient_energy,
+        "participants": report.participants,
+    }
+    return [(f"Train/LoRDO/{name}", float(value), samples) for name, value in values.items() if value is not None]
+
+
+def mebibytes(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:.2f} MiB"
+
+
+def _items(optimizer: LoRDO) -> list[SyncItem]:
+    assert optimizer.sync is not None
+    return optimizer.sync.items

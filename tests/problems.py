@@ -1,0 +1,46 @@
+"""Small problems with known weights and gradients, for comparing trajectories.
+
+The leading directions of a pseudo-gradient are ill-conditioned where singular values are close, so the
+gradients here have a spectrum with clear gaps, equal on all replicas up to a replica's own part.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lordo_ds.core.grouping import ParameterFacts
+
+SHAPES = {"tall": (20, 6), "wide": (5, 16), "square": (8, 8), "small": (2, 7), "bias": (9,)}
+
+
+def facts() -> list[ParameterFacts]:
+    return [ParameterFacts(name, shape) for name, shape in SHAPES.items()]
+
+
+def initial_weights(dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        for name, shape in SHAPES.items()
+    }
+
+
+def gradients(step: int, replica: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The gradient of one replica at one step; every caller gets the same numbers."""
+    out = {}
+    for index, (name, shape) in enumerate(SHAPES.items()):
+        common = torch.Generator().manual_seed(1000 * index + 17)
+        own = torch.Generator().manual_seed(100_000 * (replica + 1) + 100 * step + index)
+        noise = torch.randn(shape, generator=own, dtype=torch.float64)
+        if len(shape) == 1:
+            value = noise
+        else:
+            k = min(shape)
+            left = torch.linalg.qr(torch.randn(shape[0], k, generator=common, dtype=torch.float64)).Q
+            right = torch.linalg.qr(torch.randn(shape[1], k, generator=common, dtype=torch.float64)).Q
+            spectrum = 4.0 * 0.45 ** torch.arange(k, dtype=torch.float64)
+            mix = 1.0 + 0.3 * torch.randn(k, generator=own, dtype=torch.float64)
+            value = left @ torch.diag(spectrum * mix) @ right.T + 0.02 * noise
+        out[name] = value.to(dtype)
+    return out
