@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import clip_grad_norm_
+from deepspeed.utils import groups as deepspeed_groups
 from torch.utils.data import DistributedSampler
 
 from lordo_ds.config import ConfigError, LordoConfig
@@ -35,7 +36,7 @@ _live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def live_engines() -> list[Any]:
     """LoRDO engines that still exist in this process."""
-    return [engine for engine in _live if getattr(engine, _HOOK, None) is not None]
+    return list(_live)
 
 
 def requested_optimizer(config: Any, client_optimizer: Any, type_name: str) -> LordoConfig | None:
@@ -64,22 +65,21 @@ def replica_groups_for(settings: LordoConfig, config: Any, model: Any, mpu: Any)
 
 
 def _unsupported(config: Any, model: Any, mpu: Any) -> list[tuple[bool, str, str]]:
+    """(is it asked for, what it is called, what to do instead), in DeepSpeed 0.19.8's configuration."""
     stage = int(config.zero_optimization_stage)
-    data_types = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, None: None, "fp32": torch.float32}
-    accumulate = data_types.get(config.grad_accum_dtype)
-    low_precision = torch.bfloat16 if config.bfloat16_config.enabled else torch.float16 if config.float16_config.enabled else torch.float32
+    mixture = any(type(module).__name__ in ("MoE", "AutoEPMoELayer") for module in model.modules())
     return [
-        (stage != 0, f"zero_optimization.stage = {stage}", "use stage 0"),
-        (isinstance(model, PipelineModule), "a PipelineModule", "use a plain module"),
-        (mpu is not None, "an mpu", "leave it out; tensor and pipeline parallelism are not available yet"),
+        (stage != 0, f"zero_optimization.stage = {stage}", "legal is 0 (nearest: 0)"),
+        (isinstance(model, PipelineModule), "a PipelineModule", "pass a plain module"),
+        (mpu is not None, "an mpu (tensor or pipeline parallelism)", "leave it out"),
+        (mixture, "DeepSpeed MoE", "use a dense model"),
         (config.hybrid_engine.enabled, "hybrid_engine", "switch it off"),
-        (getattr(config.torch_autocast_config, "enabled", False) if hasattr(config, "torch_autocast_config") else False, "torch_autocast", "use bf16 or fp16"),
-        (bool(config.sparse_gradients_enabled), "sparse_gradients", "switch it off"),
-        (bool(getattr(config, "data_efficiency_enabled", False)), "data_efficiency", "switch it off"),
-        (accumulate not in (None, low_precision), f"data_types.grad_accum_dtype = {config.grad_accum_dtype}", "leave it out"),
-        (getattr(config, "sequence_parallel_size", 1) not in (None, 1), "sequence_parallel_size", "leave it out"),
-        (getattr(config, "use_node_local_storage", False), "checkpoint.use_node_local_storage", "switch it off"),
-        (any(type(module).__name__ in ("MoE", "AutoEPMoELayer") for module in model.modules()), "DeepSpeed MoE", "use a dense model"),
+        (config.torch_autocast_enabled, "torch_autocast", "use bf16 or fp16"),
+        (config.data_efficiency_enabled, "data_efficiency", "switch it off"),
+        (config.compile_config.deepcompile, "compile.deepcompile", "switch it off"),
+        (config.tensor_parallel_config.autotp_size > 1, "tensor_parallel.autotp_size", "leave it out"),
+        (config.load_universal_checkpoint, "checkpoint.load_universal", "switch it off; it knows only Adam's moments"),
+        (config.use_node_local_storage, "checkpoint.use_node_local_storage", "switch it off"),
     ]
 
 
@@ -230,12 +230,15 @@ class EngineHook:
     def _replace_methods(self, engine: Any) -> None:
         take_step, io = engine._take_model_step, engine.deepspeed_io
         set_batch, set_micro = engine.set_train_batch_size, engine.set_train_micro_batch_size
-        checkpoint_name = engine._get_ckpt_name
+        checkpoint_name, destroy = engine._get_ckpt_name, engine.destroy
         hook = weakref.proxy(self)
 
         @functools.wraps(take_step)
         def take_model_step(*args: Any, **kwargs: Any) -> Any:
+            loss_scale = hook._loss_scale()
             result = take_step(*args, **kwargs)
+            if loss_scale is not None and engine._global_grad_norm is not None:
+                engine._global_grad_norm /= loss_scale
             hook._end_attempt()
             return result
 
@@ -258,7 +261,17 @@ class EngineHook:
         def get_ckpt_name(checkpoints_path: str, tag: str, *args: Any, **kwargs: Any) -> str:
             return checkpoint_name(checkpoints_path, os.path.join(str(tag), hook.checkpoint_folder), *args, **kwargs)
 
+        @functools.wraps(destroy)
+        def release() -> None:
+            _live.discard(engine)
+            if deepspeed_groups.mpu is engine.mpu:
+                deepspeed_groups.mpu = None
+            destroy()
+
+        if self._loss_scale() is not None:
+            engine.backward = self._scaled_backward(engine.backward)
         engine._take_model_step = take_model_step
+        engine.destroy = release
         engine.deepspeed_io = deepspeed_io
         engine.set_train_batch_size = set_train_batch_size
         engine.set_train_micro_batch_size = set_train_micro_batch_size
@@ -296,6 +309,33 @@ class EngineHook:
         for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
             for master, parameter in zip(masters, parameters, strict=True):
                 parameter.data.copy_(master.data)
+
+    def _loss_scale(self) -> float | None:
+        """The factor that stage 0's fp16 wrapper divides gradients by; None in other precisions."""
+        wrapper = self._wrapper()
+        if wrapper is None or not wrapper.loss_scale_config.use_grad_scaling:
+            return None
+        return float(wrapper.loss_scale_config.cur_scale)
+
+    def _scaled_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """DeepSpeed 0.19.8 scales the loss for ZeRO only, yet stage 0's fp16 wrapper unscales the gradients.
+
+        They would be too small by the loss scale: small ones underflow, clipping never acts, eps dominates. The
+        gradient that enters the loss is set to what the wrapper expects, whoever else scaled it.
+        """
+
+        @functools.wraps(backward)
+        def scaled_backward(loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+            share = 1.0 / self.engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0
+            factor = share * (self._loss_scale() or 1.0)
+            loss = loss.float()
+            handle = loss.register_hook(lambda gradient: torch.full_like(gradient, factor))
+            try:
+                return backward(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+            finally:
+                handle.remove()
+
+        return scaled_backward
 
     def _clip_fp32_gradients(self) -> None:
         """DeepSpeed's clipping, but the norm that it computes is kept for `get_global_grad_norm`."""

@@ -1,4 +1,4 @@
-"""Text -> sentencepiece -> Megatron `.bin`/`.idx`, cached; the embedded corpus. Imports neither torch nor Megatron."""
+"""Text -> sentencepiece -> Megatron `.bin`/`.idx`, cached; with a corpus that comes with every CPython."""
 
 from lordo_ds.data.corpus import DataError
 from lordo_ds.data.prepared import DEFAULT_VOCAB, PreparedData, prepare, unigram_entropy

@@ -26,7 +26,8 @@ def locked(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         stream = path.open("a")
     except OSError as error:
         raise DataError(
-            f"{path.parent}: cannot be used as the data cache ({error.strerror}); set LORDO_CACHE to a writable folder"
+            f"{path.parent}: cannot hold the data cache ({error.strerror}); "
+            "set LORDO_CACHE to a writable folder"
         ) from None
     with stream:
         try:
@@ -40,8 +41,8 @@ def locked(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
 def build_once(target: Path, build: Callable[[Path], None], say: Callable[[str], None] = print) -> Path:
     """Return `target`, having called `build(folder)` to fill it unless it is already there.
 
-    The folder is a temporary one beside `target`, renamed into place when `build` returns. What a killed builder
-    left behind is swept away by the next one.
+    The folder is a temporary one beside `target`, renamed into place when `build` returns. What a killed
+    builder left behind is swept away by the next one.
     """
     if target.is_dir():
         return target

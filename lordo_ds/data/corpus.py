@@ -22,9 +22,11 @@ TEXT_DOCUMENT_CHARS = 16_384
 """A text file is cut into documents of about this size, so that some of them can be held out."""
 
 _NOT_EMBEDDED = frozenset(
-    # Tests, what is installed beside the library, and tables (character maps, platform constants): no prose.
-    ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"]
-    + ["encodings", "ensurepip", "pydoc_data"]
+    # Tests, what is installed beside the library, and tables (character maps, bundled wheels): no prose.
+    (
+        *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib-dynload"),
+        *("encodings", "ensurepip", "pydoc_data"),
+    )
 )
 _READ_BYTES = 1 << 20
 

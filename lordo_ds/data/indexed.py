@@ -30,8 +30,8 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def write_indexed(prefix: Path, documents: Iterable[Tokens], dtype: np.dtype, seed: int) -> int:
     """Write `prefix.bin` and `prefix.idx`, the documents in an order shuffled by `seed`.
 
-    Megatron holds out the last documents of the file: shuffled, they are like the others. The tokens are first
-    laid down as they come and then copied in order, so memory holds one document at a time.
+    Megatron holds out the last documents of the file: shuffled, they are like the others. The tokens are
+    first laid down as they come and then copied in order, so memory holds one document at a time.
 
     Returns:
         The number of tokens written.
@@ -69,7 +69,9 @@ def read_lengths(prefix: Path) -> tuple[npt.NDArray[np.int32], np.dtype]:
     """Tokens per document, in file order, and the tokens' dtype."""
     raw = prefix.with_suffix(".idx").read_bytes()
     magic, version, code, count, _ = _HEADER.unpack_from(raw)
-    assert magic == _MAGIC and version == _VERSION and code in _DTYPES, f"{prefix}.idx is not a Megatron index"
+    assert magic == _MAGIC and version == _VERSION and code in _DTYPES, (
+        f"{prefix}.idx is not a Megatron index"
+    )
     return np.frombuffer(raw, dtype="<i4", count=count, offset=_HEADER.size), _DTYPES[code]
 
 

@@ -47,7 +47,7 @@ class PreparedData:
         return Tokenizer(self.folder / "tokenizer.model")
 
     def held_out(self, fraction: float = 0.05, min_tokens: int = 0) -> int:
-        """How many documents, the last ones, to validate on: `fraction` of the tokens, `min_tokens` at least.
+        """How many of the last documents to validate on: `fraction` of the tokens, `min_tokens` at least.
 
         Raises:
             DataError: the documents are too few or too short to leave `min_tokens` on both sides.
@@ -58,15 +58,17 @@ class PreparedData:
         held = int(from_the_end[min(count, len(lengths)) - 1])
         if count >= self.documents or self.tokens - held < min_tokens:
             raise DataError(
-                f"the data has {self.documents} documents and {self.tokens} tokens: too few to keep {min_tokens} "
-                "tokens of whole documents for validation and as many for training; give more text"
+                f"the data has {self.documents} documents and {self.tokens} tokens: too few to leave "
+                f"{min_tokens} tokens of whole documents for validation and as many for training; give more text"
             )
         return count
 
     def validation_tokens(self, documents: int) -> npt.NDArray[np.integer]:
         """The tokens of the last `documents` documents."""
         lengths, dtype = read_lengths(self.prefix)
-        return np.memmap(self.prefix.with_suffix(".bin"), dtype=dtype, mode="r")[-int(lengths[-documents:].sum()) :]
+        return np.memmap(self.prefix.with_suffix(".bin"), dtype=dtype, mode="r")[
+            -int(lengths[-documents:].sum()) :
+        ]
 
 
 def prepare(
@@ -89,7 +91,10 @@ def prepare(
         say(f"tokenizing {corpus.name} (once; kept in {folder.parent})")
         started = time.perf_counter()
         info = _build(folder, corpus, vocab_size)
-        say(f"tokenized {info['documents']} documents, {info['tokens']} tokens in {time.perf_counter() - started:.1f} s")
+        say(
+            f"tokenized {info['documents']} documents, {info['tokens']} tokens in "
+            f"{time.perf_counter() - started:.1f} s"
+        )
 
     folder = build_once((cache or default_cache()) / f"data-{key}", build, say)
     return PreparedData(folder=folder, key=key, **json.loads((folder / "info.json").read_text()))

@@ -61,7 +61,9 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
         DataError: the vocabulary is too small for the characters of the text.
     """
     if vocab_size < SMALLEST_VOCAB:
-        raise DataError(f"vocab_size {vocab_size}: must be at least {SMALLEST_VOCAB} (256 bytes, characters, pieces)")
+        raise DataError(
+            f"vocab_size {vocab_size}: must be at least {SMALLEST_VOCAB} (256 bytes, characters, pieces)"
+        )
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -96,7 +98,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _sample_lines(documents: Iterable[str]) -> list[str]:
-    """Every k-th line, k the power of two that keeps the sample near `_SAMPLE_CHARS`; one pass, no randomness."""
+    """Every k-th line, k the power of two that keeps the sample near `_SAMPLE_CHARS`; no randomness."""
     stride, sample, chars = 1, [], 0
     for number, line in enumerate(_training_lines(documents)):
         if number % stride:
