@@ -1,0 +1,119 @@
+# Sourced by the scripts beside it: makes .venv in the repository, or finds it ready, and puts it on PATH.
+#
+# Sets ROOT (the repository), GPU_COUNT, and, without a GPU, DS_ACCELERATOR=cpu.
+# Reads  PYTHON      interpreter to make .venv with (default: the first fitting one on PATH)
+#        LORDO_VENV  another place for the environment (default: ROOT/.venv)
+#        LORDO_EXTRAS  pip extras to install (default: megatron,train,test)
+#
+# The environment is rebuilt when pyproject.toml or constraints.txt change, or a GPU appears; otherwise a call
+# takes no time. Scripts started together wait for the one that builds.
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${LORDO_VENV:-$ROOT/.venv}
+EXTRAS=${LORDO_EXTRAS:-megatron,train,test}
+
+die() { echo "$(basename "$0"): error: $*" >&2; exit 1; }
+say() { echo "[env] $*"; }
+
+GPU_COUNT=0
+if command -v nvidia-smi >/dev/null; then
+  GPU_COUNT=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+fi
+if [ "$GPU_COUNT" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
+
+# An interpreter fits if it is 3.10 to 3.13 and can make environments.
+_fits() {
+  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' >/dev/null 2>&1
+}
+
+# Where this interpreter's torch lies, if that torch can use the GPU here; else nothing.
+_site_of_gpu_torch() {
+  "$1" -c '
+import os, torch
+if torch.cuda.is_available():
+    print(os.path.dirname(os.path.dirname(os.path.abspath(torch.__file__))))' 2>/dev/null || true
+}
+
+_choose_python() {
+  local candidate
+  if [ -n "${PYTHON:-}" ]; then
+    _fits "$PYTHON" || die "PYTHON=$PYTHON is no Python 3.10 to 3.13 with venv and ensurepip"
+    return
+  fi
+  # With a GPU the interpreter that already has a torch for it comes first.
+  if [ "$GPU_COUNT" -gt 0 ]; then
+    for candidate in python3 python; do
+      if _fits "$candidate" && [ -n "$(_site_of_gpu_torch "$candidate")" ]; then PYTHON=$candidate; return; fi
+    done
+  fi
+  for candidate in python3.11 python3.12 python3 python3.13 python3.10; do
+    if _fits "$candidate"; then PYTHON=$candidate; return; fi
+  done
+  die "no Python 3.10 to 3.13 with venv on PATH (Debian and Ubuntu: apt install python3-venv), or set PYTHON=/path/to/python"
+}
+
+# What pip is told about torch, as arguments in TORCH_ARGS.
+_choose_torch() {
+  local site cuda
+  TORCH_ARGS=()
+  if [ "$GPU_COUNT" -eq 0 ]; then
+    say "no NVIDIA GPU: $(grep '^torch' "$ROOT/constraints.txt") for the CPU, from constraints.txt"
+    TORCH_ARGS=(-c "$ROOT/constraints.txt")
+    return
+  fi
+  site=$(_site_of_gpu_torch "$PYTHON")
+  if [ -n "$site" ]; then
+    say "$GPU_COUNT NVIDIA GPU(s): using the torch that is installed in $site"
+    # Behind the environment's own packages on the path, so that those win.
+    echo "$site" >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/zz_installed_torch.pth"
+    return
+  fi
+  cuda=$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -n 1)
+  if [ "${cuda:-0}" -ge 13 ]; then
+    say "$GPU_COUNT NVIDIA GPU(s), driver for CUDA $cuda: installing the newest torch"
+    TORCH_ARGS=("torch>=2.6")
+  else
+    say "$GPU_COUNT NVIDIA GPU(s), driver for CUDA ${cuda:-unknown}: installing the newest torch built for CUDA 12"
+    TORCH_ARGS=("torch>=2.6,<2.11")
+  fi
+}
+
+# What the installed environment depends on; equal stamps mean that nothing is to be done.
+_stamp() {
+  (
+    cd "$ROOT" || exit 1
+    cat pyproject.toml constraints.txt
+    echo "$ROOT $EXTRAS gpu=$((GPU_COUNT > 0))"
+    ls -d lordo_ds megatron_patches 2>/dev/null  # an editable install maps the packages it finds
+  ) | sha256sum | cut -d ' ' -f 1
+}
+
+_is_ready() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/lordo.stamp" 2>/dev/null)" = "$(_stamp)" ]; }
+
+_build() {
+  local start=$SECONDS log="$VENV/install.log"
+  _choose_python
+  if ! "$VENV/bin/python" -c 'import pip' >/dev/null 2>&1; then
+    say "creating $VENV with $("$PYTHON" --version) ($(command -v "$PYTHON"))"
+    "$PYTHON" -m venv --clear "$VENV" || die "could not create $VENV"
+  fi
+  rm -f "$VENV/lordo.stamp"
+  _choose_torch
+  say "installing lordo_ds[$EXTRAS] (the first time takes about 90 s); log: $log"
+  "$VENV/bin/python" -m pip install --disable-pip-version-check "${TORCH_ARGS[@]}" -e "$ROOT[$EXTRAS]" \
+    >"$log" 2>&1 || { tail -n 15 "$log" >&2; die "pip could not install the environment; the whole log is $log"; }
+  _stamp >"$VENV/lordo.stamp"
+  say "ready after $((SECONDS - start)) s"
+}
+
+if ! _is_ready; then
+  mkdir -p "$(dirname "$VENV")" && touch "$VENV.lock" 2>/dev/null || die "cannot write beside $VENV"
+  exec 9>"$VENV.lock"
+  if command -v flock >/dev/null && ! flock -n 9; then
+    say "another run is building $VENV: waiting for it"
+    flock 9
+  fi
+  _is_ready || _build
+  exec 9>&-  # closing it gives the lock back
+fi
+export PATH="$VENV/bin:$PATH"
