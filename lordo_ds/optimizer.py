@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
-from lordo_ds.core.inner import LowRankState, StepSettings, adamw_step_, low_rank_step_, with_error
+from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
 from lordo_ds.core.mesh import replica_layout
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
+from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
-from lordo_ds.dist.sync import OuterSync, SyncItem, SyncReport
+from lordo_ds.dist.inner_step import step_fragments_
+from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.sync import OuterSync, SyncReport
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
 
 STATE_FORMAT = 1
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
-_ERROR_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Elements of matrices stepped together: bounds the coordinates that exist at one time.
+STEP_BUCKET_NUMEL = 1 << 26
 
 
 class LoRDO(torch.optim.Optimizer):
@@ -55,80 +60,75 @@ class LoRDO(torch.optim.Optimizer):
         self.executed_steps = 0
         self.sync: OuterSync | None = None
         self.plans: list[ParameterPlan] = []
-        self._items: dict[Tensor, SyncItem] = {}
+        self._fragments: dict[Tensor, list[Fragment]] = {}
         self._executed_now = False
         super().__init__(params, defaults)
 
     # -- attaching to parameters and replicas --------------------------------------------------------
 
-    def attach(self, facts: dict[Tensor, ParameterFacts], wire: ReplicaWire) -> None:
-        """Plan every parameter and allocate its state. Collective over replicas: weights are made equal.
+    def attach(self, flats: Sequence[FlatTensor], wire: ReplicaWire, shard: ShardComm) -> None:
+        """Plan every parameter and allocate its state. Collective: the replicas' weights are made equal.
 
         Args:
-            facts: name and role of each parameter in `param_groups`, keyed by the tensor that is stepped.
+            flats: the tensors in `param_groups` and the parameters inside them; the order of the parameters is
+                equal on all ranks.
             wire: the replica group.
+            shard: the group that shards this replica.
         """
-        ordered = [(p, group) for group in self.param_groups for p in group["params"]]
-        self.plans = plan_parameters(self.config, [facts[p] for p, _ in ordered])
-        items = []
-        for (parameter, group), plan in zip(ordered, self.plans, strict=True):
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise ConfigError(
-                    f"LoRDO: {plan.name} is {parameter.dtype}: give fp32 or fp64 parameters, or train through "
-                    "DeepSpeed's bf16 or fp16 mode, which keeps fp32 masters"
-                )
-            if plan.low_rank and plan.rank_clipped:
-                logger.info("LoRDO: rank %s of %s is clipped to its smaller side, %d", self.config.rank, plan.name, plan.rank)
-            item = SyncItem(plan, parameter.data, self.state[parameter], tuple(group["betas"]))
-            item.state.update(self._new_state(parameter, plan))
-            items.append(item)
-            self._items[parameter] = item
-        self.sync = OuterSync(self.config, items, wire)
+        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
+        self.plans = plan_parameters(self.config, [piece.facts for _, piece in pieces])
+        fragments = []
+        for (flat, piece), plan in zip(pieces, self.plans, strict=True):
+            self._check_tensor(flat.tensor, plan)
+            state = self.state[flat.tensor].setdefault(plan.name, {})
+            betas = tuple(group_of[flat.tensor]["betas"]) if flat.tensor in group_of else self.config.betas
+            fragment = Fragment(plan, flat.tensor, piece.offset, piece.intervals, shard, state, betas)
+            fragment.allocate(self.config)
+            fragments.append(fragment)
+            self._fragments.setdefault(flat.tensor, []).append(fragment)
+        self.sync = OuterSync(self.config, fragments, wire, shard)
         if not self.sync.start():
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
 
-    def _new_state(self, parameter: Tensor, plan: ParameterPlan) -> dict[str, Any]:
-        weight = parameter.detach()
-        shape = (plan.rank, plan.other_side) if plan.low_rank else plan.shape
-        state: dict[str, Any] = {"step": 0, "exp_avg": weight.new_zeros(shape), "exp_avg_sq": weight.new_zeros(shape)}
-        if plan.low_rank:
-            state["basis"] = weight.new_zeros(plan.basis_side, plan.rank)
-            state["has_basis"] = False
-            if self.config.error_feedback:
-                dtype = weight.dtype if weight.dtype == torch.float64 else _ERROR_DTYPES[self.config.error_feedback]
-                state["error"] = torch.zeros_like(weight, dtype=dtype)
-            if self.config.qh_mode == "factored":
-                state["row_mean_sq"] = weight.new_zeros(plan.basis_side)
-                state["col_mean_sq"] = weight.new_zeros(plan.other_side)
-        return state
+    def _check_tensor(self, tensor: Tensor, plan: ParameterPlan) -> None:
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise ConfigError(
+                f"LoRDO: {plan.name} is {tensor.dtype}: give fp32 or fp64 parameters, or train through "
+                "DeepSpeed's bf16 or fp16 mode, which keeps fp32 masters"
+            )
+        if not tensor.is_contiguous():
+            raise ConfigError(f"LoRDO: {plan.name} is not contiguous: make the parameter contiguous first")
+        if plan.low_rank and plan.rank_clipped:
+            logger.info("LoRDO: rank %s of %s is clipped to %d", self.config.rank, plan.name, plan.rank)
 
     def _attach_alone(self) -> None:
         """Without an engine: names from the groups where given, replicas from torch.distributed."""
-        facts: dict[Tensor, ParameterFacts] = {}
+        flats: list[FlatTensor] = []
         for group in self.param_groups:
             names = group.get("param_names")
             for index, parameter in enumerate(group["params"]):
-                name = names[index] if names else f"parameter_{len(facts)}"
-                facts[parameter] = ParameterFacts(name, tuple(parameter.shape), named=bool(names))
+                name, shape = names[index] if names else f"parameter_{len(flats)}", tuple(parameter.shape)
+                flats.append(
+                    FlatTensor(parameter, (Piece(ParameterFacts(name, shape, named=bool(names)), whole(shape)),))
+                )
         wire = ReplicaWire()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             world = dist.get_world_size()
             per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             groups = replica_groups(replica_layout(range(world), self.config.replica_size, per_node))
-            if groups.layout.replica_size not in (1, world):
-                raise ConfigError(
-                    f"LoRDO: replica_size = {groups.layout.replica_size} is not available in this version: "
-                    'legal are 1 and "all" (nearest: 1)'
-                )
             if groups.layout.replica_count > 1:
                 wire = ReplicaWire(groups.replica)
-        self.attach(facts, wire)
+        self.attach(flats, wire, ShardComm())
 
     # -- the inner step ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One executed inner step; alone, also the sync if it is due."""
+        """One executed inner step of the tensors in `param_groups`; alone, also the sync if it is due.
+
+        An engine may call it once for each of several groups of the same attempted step.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -138,59 +138,72 @@ class LoRDO(torch.optim.Optimizer):
                 return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
             self._attach_alone()
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_parameter(self._items[parameter], parameter.grad, group)
-        self.executed_steps += 1
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    self._step_tensor(tensor, group)
         self._executed_now = True
         if not self.managed:
             self.end_attempt()
         return loss
 
-    def _step_parameter(self, item: SyncItem, gradient: Tensor, group: dict[str, Any]) -> None:
-        assert self.sync is not None
-        settings = StepSettings(
+    def _step_tensor(self, tensor: Tensor, group: dict[str, Any]) -> None:
+        """Step every fragment of one tensor; collective over the shard group where it is sharded."""
+        assert self.sync is not None and tensor.grad is not None
+        low_rank = []
+        for fragment in self._fragments[tensor]:
+            gradient = fragment.slice_of(tensor.grad)
+            settings = self._settings(fragment, group)
+            if fragment.plan.low_rank:
+                low_rank.append((fragment, gradient, settings))
+            else:
+                fragment.state["step"] += 1
+                adamw_step_(
+                    fragment.weight, gradient, fragment.state["exp_avg"], fragment.state["exp_avg_sq"], settings
+                )
+        self._step_low_rank(low_rank)
+
+    def _settings(self, fragment: Fragment, group: dict[str, Any]) -> StepSettings:
+        return StepSettings(
             lr=float(group["lr"]),
-            betas=item.betas,
+            betas=fragment.betas,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             omega=self.config.omega,
             qh_mode=self.config.qh_mode,
-            step=item.step + 1,
+            step=fragment.step + 1,
         )
-        if not item.plan.low_rank:
-            item.state["step"] += 1
-            adamw_step_(item.weight, gradient, item.state["exp_avg"], item.state["exp_avg_sq"], settings)
-            return
+
+    def _step_low_rank(self, chosen: list[tuple[Fragment, Tensor, StepSettings]]) -> None:
+        assert self.sync is not None
         this_step = self.attempted_steps + 1
         plan = sync_plan(self.config, this_step)
         from_gradient = self.config.basis_source == "gradient" and plan.refresh_basis
-        if self.sync.own_basis and (item.basis is None or from_gradient):
-            oriented = with_error(gradient, item.state.get("error"))
-            self.sync.refresh_from(item, oriented, this_step)
-        if item.basis is None:
-            # A first basis comes from all replicas; nothing may cross them here, so the update waits.
-            item.gradient, item.settings = gradient, settings
-            return
-        if from_gradient and not self.sync.own_basis:
-            item.gradient = gradient
-        self._low_rank_step(item, gradient, settings, measure=plan.due)
+        ready = []
+        for fragment, gradient, settings in chosen:
+            if self.sync.own_basis and (not fragment.has_basis or from_gradient):
+                self.sync.refresh_in_step(fragment, with_error(gradient, fragment.error), this_step)
+            if not fragment.has_basis:
+                # A first basis comes from all replicas; nothing may cross them here, so the update waits.
+                fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
+                continue
+            if from_gradient and not self.sync.own_basis:
+                fragment.gradient = self._keep(fragment, gradient)
+            ready.append((fragment, gradient, settings))
+        self._run_low_rank(ready, measure=plan.due)
 
-    def _low_rank_step(self, item: SyncItem, gradient: Tensor, settings: StepSettings, measure: bool) -> None:
-        assert item.basis is not None
-        item.state["step"] += 1
-        orient, error = item.plan.orient, item.state.get("error")
-        state = LowRankState(
-            basis=item.basis,
-            exp_avg=item.state["exp_avg"],
-            exp_avg_sq=item.state["exp_avg_sq"],
-            error=None if error is None else orient(error),
-            row=item.state.get("row_mean_sq"),
-            col=item.state.get("col_mean_sq"),
-            measure=measure,
-        )
-        low_rank_step_(orient(item.weight), orient(gradient), state, settings)
-        item.energies = state.energies
+    @staticmethod
+    def _keep(fragment: Fragment, gradient: Tensor) -> Tensor:
+        """A gradient that must outlive `step()`: engines reuse the flat buffers that hold several parameters."""
+        return gradient if fragment.steps_whole_parameter else gradient.clone()
+
+    def _run_low_rank(self, ready: list[tuple[Fragment, Tensor, StepSettings]], measure: bool) -> None:
+        assert self.sync is not None
+        bounds = bucket_bounds([fragment.plan.numel for fragment, _, _ in ready], STEP_BUCKET_NUMEL)
+        for start, stop in bounds:
+            fragments, gradients, settings = zip(*ready[start:stop], strict=True)
+            for fragment in fragments:
+                fragment.state["step"] += 1
+            step_fragments_(fragments, gradients, settings, self.sync.shard, measure)
 
     # -- the end of an attempted step ----------------------------------------------------------------
 
@@ -203,6 +216,7 @@ class LoRDO(torch.optim.Optimizer):
         """
         assert self.sync is not None
         self.attempted_steps += 1
+        self.executed_steps += self._executed_now
         changed = False
         if self.sync.waits_for_basis() and self.sync.first_basis(self.attempted_steps):
             changed = self._apply_deferred()
@@ -215,19 +229,18 @@ class LoRDO(torch.optim.Optimizer):
 
     def _apply_deferred(self) -> bool:
         assert self.sync is not None
-        changed = False
         plan = sync_plan(self.config, self.attempted_steps)
-        for item in self.sync.items:
-            if item.settings is None:
+        deferred = []
+        for fragment in self.sync.items:
+            if fragment.settings is None:
                 continue
-            gradient, settings = item.gradient, item.settings
-            item.gradient = item.settings = None
-            assert gradient is not None
-            self._low_rank_step(item, gradient, settings, measure=plan.due)
-            if self.config.basis_source == "gradient" and plan.refresh_basis:
-                item.gradient = gradient
-            changed = True
-        return changed
+            assert fragment.gradient is not None
+            deferred.append((fragment, fragment.gradient, fragment.settings))
+            fragment.settings = None
+            if not (self.config.basis_source == "gradient" and plan.refresh_basis):
+                fragment.gradient = None
+        self._run_low_rank(deferred, measure=plan.due)
+        return bool(deferred)
 
     @torch.no_grad()
     def final_sync(self) -> bool:
@@ -266,13 +279,14 @@ class LoRDO(torch.optim.Optimizer):
         saved["lordo"] = {
             "format": STATE_FORMAT,
             "settings": self.config.model_dump(mode="json"),
+            "replicas": self.sync.wire.replicas if self.sync else 1,
             "names": [plan.name for plan in self.plans],
             "attempted_steps": self.attempted_steps,
             "executed_steps": self.executed_steps,
             "syncs": self.sync.syncs if self.sync else 0,
             "nonfinite_syncs": self.sync.nonfinite_syncs if self.sync else 0,
             "bytes_sent": self.sync.wire.ledger.state_dict() if self.sync else {},
-            "rows": [list(row) for row in self.sync.rows] if self.sync else [],
+            "rows": [list(row) for row in self.sync.rows.pending] if self.sync else [],
         }
         return saved
 
@@ -285,9 +299,19 @@ class LoRDO(torch.optim.Optimizer):
         """
         ours = state_dict.get("lordo")
         if not isinstance(ours, dict):
-            raise ValueError("LoRDO: this optimizer state was not saved by LoRDO: start without it, or load the weights only")
+            raise ValueError(
+                "LoRDO: this optimizer state was not saved by LoRDO: start without it, or load the weights only"
+            )
+        replicas = self.sync.wire.replicas if self.sync else ours["replicas"]
+        if ours["replicas"] != replicas:
+            raise ValueError(
+                f"LoRDO: the state was saved by {ours['replicas']} replicas and this run has {replicas}: "
+                "resume with as many"
+            )
         if ours["format"] != STATE_FORMAT:
-            raise ValueError(f"LoRDO: optimizer state format {ours['format']} is not {STATE_FORMAT}: load it with the version that saved it")
+            raise ValueError(
+                f"LoRDO: optimizer state format {ours['format']} is not {STATE_FORMAT}: load it with the version that saved it"
+            )
         if self.sync is None:
             if self.managed:
                 raise ValueError("LoRDO: load the state after deepspeed.initialize, through the engine")
@@ -302,27 +326,32 @@ class LoRDO(torch.optim.Optimizer):
             )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, parameter in enumerate(parameters):
-            self._load_item(self._items[parameter], state_dict["state"].get(index, {}))
+        # Indices count the tensors in the order of the groups, as torch's `state_dict` does.
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        for index, tensor in enumerate(tensors):
+            saved_tensor = state_dict["state"].get(index, {})
+            for fragment in self._fragments[tensor]:
+                _load_fragment(fragment, saved_tensor.get(fragment.plan.name, {}))
         self.attempted_steps, self.executed_steps = ours["attempted_steps"], ours["executed_steps"]
         self.sync.syncs, self.sync.nonfinite_syncs = ours["syncs"], ours["nonfinite_syncs"]
         self.sync.wire.ledger.load_state_dict(ours["bytes_sent"])
-        self.sync.rows = [list(row) for row in ours["rows"]]
+        self.sync.rows.pending = [list(row) for row in ours["rows"]]
 
-    def _load_item(self, item: SyncItem, saved: dict[str, Any]) -> None:
-        """Copy saved tensors into the allocated ones; what is missing or does not fit is refused by name."""
-        for key, current in item.state.items():
-            if key not in saved:
-                raise ValueError(f"LoRDO: the saved state of {item.plan.name} has no {key!r}: was it saved with other settings?")
-            value = saved[key]
-            if not isinstance(current, Tensor):
-                item.state[key] = value
-            elif not isinstance(value, Tensor) or value.shape != current.shape or value.dtype != current.dtype:
-                found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"LoRDO: {key!r} of {item.plan.name} is {found} in the saved state and "
-                    f"{tuple(current.shape)} {current.dtype} here"
-                )
-            else:
-                current.copy_(value)
+
+def _load_fragment(fragment: Fragment, saved: dict[str, Any]) -> None:
+    """Copy saved tensors into the allocated ones; what is missing or does not fit is refused by name."""
+    name = fragment.plan.name
+    for key, current in fragment.state.items():
+        if key not in saved:
+            raise ValueError(f"LoRDO: the saved state of {name} has no {key!r}: was it saved with other settings?")
+        value = saved[key]
+        if not isinstance(current, Tensor):
+            fragment.state[key] = value
+        elif not isinstance(value, Tensor) or value.shape != current.shape or value.dtype != current.dtype:
+            found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"LoRDO: {key!r} of {name} is {found} in the saved state and "
+                f"{tuple(current.shape)} {current.dtype} here"
+            )
+        else:
+            current.copy_(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lordo_ds.dist.sync import SyncItem
+from lordo_ds.dist.fragment import Fragment
 from lordo_ds.optimizer import LoRDO
 
 
@@ -72,7 +72,9 @@ def describe_start(hook: Any) -> list[str]:
     groups: dict[tuple[Any, ...], list[str]] = {}
     for item in _items(hook.optimizer):
         plan = item.plan
-        groups.setdefault((plan.low_rank, plan.shape, plan.rank, plan.reason, plan.on_larger_side), []).append(plan.name)
+        groups.setdefault((plan.low_rank, plan.shape, plan.rank, plan.reason, plan.on_larger_side), []).append(
+            plan.name
+        )
     for (low_rank, shape, rank, reason, larger), names in groups.items():
         kind = f"rank {rank}" if low_rank else "dense"
         mark = " [basis on the larger side]" if larger else ""
@@ -93,7 +95,6 @@ def sync_events(hook: Any, samples: int) -> list[tuple[str, float, int]]:
         "drift": report.drift,
         "basis_overlap": report.overlap,
         "captured_gradient_energy": report.captured_gradient_energy,
-        "captured_pseudo_gradient_energy": report.captured_pseudo_gradient_energy,
         "participants": report.participants,
     }
     return [(f"Train/LoRDO/{name}", float(value), samples) for name, value in values.items() if value is not None]
@@ -103,6 +104,6 @@ def mebibytes(size_bytes: int) -> str:
     return f"{size_bytes / 2**20:.2f} MiB"
 
 
-def _items(optimizer: LoRDO) -> list[SyncItem]:
+def _items(optimizer: LoRDO) -> list[Fragment]:
     assert optimizer.sync is not None
     return optimizer.sync.items

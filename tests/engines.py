@@ -59,5 +59,12 @@ def train_step(engine: Any, step: int, dp_rank: int | None = None, spoil: float 
 
 
 def weights(engine: Any) -> dict[str, Tensor]:
-    """Copies of what the optimizer steps: the full-precision weights."""
-    return {item.plan.name: item.weight.detach().clone() for item in lordo_ds.hook(engine).optimizer.sync.items}  # type: ignore[union-attr]
+    """Copies of what the optimizer steps, whole: the full-precision weights."""
+    sync = lordo_ds.hook(engine).optimizer.sync  # type: ignore[union-attr]
+    found = {}
+    for item in sync.items:
+        whole = item.weight.new_zeros(item.plan.numel)
+        start, stop = item.intervals[sync.shard.index]
+        whole[start:stop] = item.weight
+        found[item.plan.name] = sync.shard.sum_(whole, "test").view(item.plan.shape)
+    return found

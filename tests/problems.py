@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lordo_ds.core.grouping import ParameterFacts
 
-SHAPES = {"tall": (20, 6), "wide": (5, 16), "square": (8, 8), "small": (2, 7), "bias": (9,)}
+SHAPES = {"tall": (20, 6), "long": (60, 5), "wide": (5, 16), "square": (8, 8), "small": (2, 7), "bias": (9,)}
 
 
 def facts() -> list[ParameterFacts]:

@@ -2,14 +2,13 @@
 
 Written against DeepSpeed 0.19.8, which has no plugin mechanism: its configuration lower-cases the optimizer
 types in one list, builds an unknown one from an attribute of `torch.optim`, and admits to ZeRO the exact types in
-another list. The one patch, on `DeepSpeedEngine.__init__`, hands the engine its replica as the data-parallel group
-and attaches the hook once the engine stands.
+another list. The patch on `DeepSpeedEngine.__init__` hands the engine its replica as the data-parallel group
+and attaches the hook once the engine stands; those of `zero_init` keep ZeRO-3 inside the replica.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,21 +20,20 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.utils import groups as deepspeed_groups
 
-from lordo_ds.adapters.engine import EngineHook, live_engines, replica_groups_for, requested_optimizer
-from lordo_ds.adapters.patching import MethodPatch
+from lordo_ds.adapters.hook import DEEPSPEED_VERSION, EngineHook, live_engines
+from lordo_ds.adapters.patching import MethodPatch, PatchError
 from lordo_ds.adapters.replica_mpu import ReplicaMPU
+from lordo_ds.adapters.support import replica_groups_for, requested_optimizer
+from lordo_ds.adapters.zero_init import zero_init_patches
 from lordo_ds.config import ConfigError
 from lordo_ds.optimizer import LoRDO
 
-logger = logging.getLogger("lordo_ds")
-
 TYPE_NAME = "lordo"
-DEEPSPEED_VERSION = "DeepSpeed 0.19.8"
 _ENGINE_PARAMETERS = (
     "self", "args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler", "mpu",
     "dist_init_required", "collate_fn", "config", "config_class", "mesh_device", "dont_change_device",
 )  # fmt: skip
-_patch: MethodPatch | None = None
+_patches: list[MethodPatch] = []
 
 
 def build_for_engine(params: Iterable[Any], **settings: Any) -> LoRDO:
@@ -47,10 +45,15 @@ def build_for_engine(params: Iterable[Any], **settings: Any) -> LoRDO:
 
 def register() -> None:
     """Register the optimizer type with DeepSpeed; calling it again changes nothing."""
-    global _patch
-    if _patch is not None:
+    if _patches:
         return
-    _patch = MethodPatch(DeepSpeedEngine, "__init__", _ENGINE_PARAMETERS, _wrap_init, DEEPSPEED_VERSION)
+    try:
+        _patches.append(MethodPatch(DeepSpeedEngine, "__init__", _ENGINE_PARAMETERS, _wrap_init, DEEPSPEED_VERSION))
+        for patch in zero_init_patches(TYPE_NAME, DEEPSPEED_VERSION):
+            _patches.append(patch)
+    except PatchError:
+        _remove_patches()
+        raise
     if TYPE_NAME not in deepspeed_config.DEEPSPEED_OPTIMIZERS:
         deepspeed_config.DEEPSPEED_OPTIMIZERS.append(TYPE_NAME)
     setattr(torch.optim, TYPE_NAME, build_for_engine)
@@ -62,35 +65,57 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Undo `register`; engines that exist keep working."""
-    global _patch
-    if _patch is None:
+    """Undo `register`; engines that exist keep working, those of ZeRO-3 with a check over all ranks."""
+    if not _patches:
         return
-    _patch.remove()
-    _patch = None
+    _remove_patches()
     deepspeed_config.DEEPSPEED_OPTIMIZERS.remove(TYPE_NAME)
     delattr(torch.optim, TYPE_NAME)
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS.remove(LoRDO)
+
+
+def _remove_patches() -> None:
+    while _patches:
+        _patches[-1].remove()
+        _patches.pop()
 
 
 def _wrap_init(original: Any) -> Any:
     @functools.wraps(original)
     def init(self: DeepSpeedEngine, args: Any, model: Any, *positional: Any, **named: Any) -> None:
         given = dict(zip(_ENGINE_PARAMETERS[3:], positional, strict=False)) | named
-        settings = requested_optimizer(given.get("config_class"), given.get("optimizer"), TYPE_NAME)
+        config, mpu, client = given.get("config_class"), given.get("mpu"), given.get("optimizer")
+        settings = requested_optimizer(config, client, TYPE_NAME)
         if settings is None:
-            _leave_no_replica_mpu_behind(given.get("mpu"))
+            _leave_no_replica_mpu_behind(mpu)
             original(self, args, model, **given)
             return
-        groups = replica_groups_for(settings, given["config_class"], model, given.get("mpu"))
-        if isinstance(given.get("optimizer"), LoRDO):
-            given["optimizer"].managed = True
-        training_data = given.pop("training_data", None)
-        given["mpu"] = ReplicaMPU(groups)
+        groups = replica_groups_for(settings, config, model, mpu, given.get("mesh_device"))
+        if isinstance(client, LoRDO):
+            client.managed = True
+            config.zero_force_ds_cpu_optimizer = (
+                False  # what DeepSpeed wants for offloading; LoRDO steps on the host too
+            )
+        training_data, user_config = given.pop("training_data", None), given.get("config")
+        given["mpu"] = ReplicaMPU(groups, mpu)
+        if isinstance(user_config, dict):
+            given["config"] = _for_one_replica(user_config, config, groups.layout.replica_size)
         original(self, args, model, **given)
+        self.config = user_config
         EngineHook.attach(self, groups, training_data)
 
     return init
+
+
+def _for_one_replica(user_config: dict[str, Any], resolved: Any, replica_size: int) -> dict[str, Any]:
+    """ZeRO-3 reads the configuration once more, on the mpu's data-parallel size, and checks the batch keys."""
+    micro, accumulation = resolved.train_micro_batch_size_per_gpu, resolved.gradient_accumulation_steps
+    return {
+        **user_config,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro * accumulation * replica_size,
+    }
 
 
 def _leave_no_replica_mpu_behind(mpu: Any) -> None:

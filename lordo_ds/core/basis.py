@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +27,56 @@ class Refreshed:
     kept: bool = False
 
 
+class LeftMatrix(Protocol):
+    """A matrix (s, l) seen from its basis side; a sharded one sums over its shards inside these methods."""
+
+    shape: tuple[int, int]
+
+    def like(self) -> Tensor:
+        """Any tensor of the matrix's dtype and device."""
+
+    def peak_and_norm(self) -> tuple[float, float]:
+        """Largest absolute value (inf where a value is not finite) and Frobenius norm relative to it."""
+
+    def apply(self, columns: Tensor, scale: float) -> Tensor:
+        """(D/scale) (D/scale)^T X, (s, k), for X (s, k)."""
+
+    def full(self, scale: float) -> Tensor:
+        """D/scale, (s, l), whole."""
+
+    def agree(self, flag: bool) -> bool:
+        """One shard's answer for all of them: control flow must not diverge."""
+
+
+class WholeMatrix:
+    """A `LeftMatrix` held entirely: (s, l), fp32 or fp64, may be a transposed view."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.shape = (matrix.shape[-2], matrix.shape[-1])
+
+    def like(self) -> Tensor:
+        return self.matrix
+
+    def peak_and_norm(self) -> tuple[float, float]:
+        peak = torch.linalg.vector_norm(self.matrix, float("inf"))
+        if not bool(torch.isfinite(peak)):
+            return float("inf"), 0.0
+        norm = torch.linalg.vector_norm(self.matrix / peak) if bool(peak > 0) else peak
+        return float(peak), float(norm)
+
+    def apply(self, columns: Tensor, scale: float) -> Tensor:
+        return self.matrix @ (self.matrix.mT @ columns / scale) / scale
+
+    def full(self, scale: float) -> Tensor:
+        return self.matrix / scale
+
+    def agree(self, flag: bool) -> bool:
+        return flag
+
+
 def refresh_basis(
-    matrix: Tensor, previous: Tensor | None, rank: int, *, method: str, source: str, seed: int
+    matrix: Tensor | LeftMatrix, previous: Tensor | None, rank: int, *, method: str, source: str, seed: int
 ) -> Refreshed:
     """Top-r left space of D (or of its part outside the previous basis), or the previous basis.
 
@@ -48,26 +96,25 @@ def refresh_basis(
     Returns:
         The new basis in the matrix's dtype. Equal inputs give equal outputs on equal hardware.
     """
-    fallback = previous if previous is not None else _identity_columns(matrix, rank)
-    if not bool(torch.isfinite(matrix).all()):
-        return Refreshed(fallback, "its matrix is not finite", kept=True)
-    complement = source == "complement" and previous is not None
-    target = matrix
-    if complement:
-        assert previous is not None
-        target = matrix - previous @ (previous.mT @ matrix)
+    left: LeftMatrix = WholeMatrix(matrix) if isinstance(matrix, Tensor) else matrix
+    fallback = previous if previous is not None else _identity_columns(left, rank)
     # Only relative sizes matter, and squares of small pseudo-gradients underflow in fp32.
-    scale = matrix.abs().amax()
-    if not bool(scale > 0) or not bool(target.abs().amax() > 0):
+    scale, norm = left.peak_and_norm()
+    if scale == float("inf"):
+        return Refreshed(fallback, "its matrix is not finite", kept=True)
+    if scale == 0.0:
         return Refreshed(fallback, "its matrix is zero", kept=True)
-    target = target / scale
-    floor = _NOISE_FACTOR * torch.finfo(matrix.dtype).eps
-    if complement:
-        # What projection left over is rounding noise of the whole matrix, not of the remainder.
-        floor *= max(1.0, float(torch.linalg.matrix_norm(matrix / scale) / torch.linalg.matrix_norm(target)))
+    floor = _NOISE_FACTOR * torch.finfo(left.like().dtype).eps
+    outside = previous if source == "complement" else None
+    if outside is not None:
+        inside = float((outside * left.apply(outside, scale)).sum())
+        # What projection left over carries the rounding noise of the whole matrix; a full basis leaves only that.
+        floor /= max((max(0.0, norm**2 - inside) ** 0.5) / norm, floor)
+        if floor >= 1.0 or rank == left.shape[0]:
+            return Refreshed(fallback, "nothing of its matrix lies outside the previous basis", kept=True)
     try:
-        basis, note = _leading_left_space(target, previous, rank, method, complement, seed, floor)
-    except torch.linalg.LinAlgError as error:
+        basis, note = _leading_left_space(left, previous, outside, rank, method, seed, scale, floor)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in torch's stubs
         return Refreshed(fallback, f"its decomposition failed ({error})".replace("\n", " "), kept=True)
     if not bool(torch.isfinite(basis).all()):
         return Refreshed(fallback, "its decomposition is not finite", kept=True)
@@ -85,19 +132,23 @@ def sketch_seed(name: str, sync_number: int) -> int:
 
 
 def _leading_left_space(
-    target: Tensor,
+    left: LeftMatrix,
     previous: Tensor | None,
+    outside: Tensor | None,
     rank: int,
     method: str,
-    complement: bool,
     seed: int,
+    scale: float,
     floor: float,
 ) -> tuple[Tensor, str]:
     if method == "power":
-        warm = previous if previous is not None and not complement else None
-        basis = _power(lambda x: target @ (target.mT @ x), target, warm, rank, seed, floor)
-        if basis is not None:
+        basis = _power(left, previous if outside is None else None, outside, rank, seed, scale, floor)
+        if left.agree(basis is not None):
+            assert basis is not None
             return basis, ""
+    target = left.full(scale)
+    if outside is not None:
+        target = target - outside @ (outside.mT @ target)
     if method == "svd":
         vectors, values, _ = torch.linalg.svd(target, full_matrices=False)
     else:
@@ -115,29 +166,38 @@ def _leading_left_space(
 
 
 def _power(
-    apply: Callable[[Tensor], Tensor], like: Tensor, warm: Tensor | None, rank: int, seed: int, floor: float
+    left: LeftMatrix,
+    warm: Tensor | None,
+    outside: Tensor | None,
+    rank: int,
+    seed: int,
+    scale: float,
+    floor: float,
 ) -> Tensor | None:
-    """Subspace iteration Q <- qr(D (D^T Q)); None where a column is lost in rounding noise.
-
-    `apply` maps X (s, r) to D (D^T X); a sharded caller sums r-sized partial products inside it.
-    """
+    """Subspace iteration Q <- qr(D (D^T Q)), with D's part in `outside` removed; None where a column is noise."""
+    like = left.like()
     if warm is not None:
         start, iterations = warm, 1
     else:
         generator = torch.Generator().manual_seed(seed)
-        sketch = torch.randn(like.shape[-2], rank, generator=generator, dtype=torch.float64)
+        sketch = torch.randn(left.shape[0], rank, generator=generator, dtype=torch.float64)
         start, iterations = sketch.to(like), _FIRST_BASIS_ITERATIONS
+    significant = True
     for _ in range(iterations):
-        image = apply(start)
+        image = _remove(left.apply(_remove(start, outside), scale), outside)
         start, triangle = torch.linalg.qr(image)
         diagonal = triangle.diagonal()
         lengths = torch.linalg.vector_norm(image, dim=-2)
         # A warm column of length sigma_i^2 carries noise of order eps * sigma_1 * sigma_i.
         noise = floor * (lengths.amax() * lengths).sqrt()
-        if not bool((diagonal.abs() > noise).all()):
-            return None
+        significant = significant and bool((diagonal.abs() > noise).all())
         start = start * torch.where(diagonal < 0, -1.0, 1.0)
-    return start
+    return start if significant else None
+
+
+def _remove(columns: Tensor, basis: Tensor | None) -> Tensor:
+    """(I - Q Q^T) X, or X without a basis."""
+    return columns if basis is None else columns - basis @ (basis.mT @ columns)
 
 
 def _fill_up(leading: Tensor, previous: Tensor | None, rank: int) -> Tensor:
@@ -161,8 +221,9 @@ def _fill_up(leading: Tensor, previous: Tensor | None, rank: int) -> Tensor:
     return torch.cat(columns, dim=-1)
 
 
-def _identity_columns(like: Tensor, rank: int) -> Tensor:
-    return torch.eye(like.shape[-2], rank, dtype=like.dtype, device=like.device)
+def _identity_columns(left: LeftMatrix, rank: int) -> Tensor:
+    like = left.like()
+    return torch.eye(left.shape[0], rank, dtype=like.dtype, device=like.device)
 
 
 def _fix_signs(basis: Tensor, previous: Tensor | None) -> Tensor:

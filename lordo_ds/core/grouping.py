@@ -148,7 +148,7 @@ def model_facts(model: nn.Module) -> dict[nn.Parameter, ParameterFacts]:
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    embeddings = set()
+    embeddings: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding"):
             embeddings.update(module.parameters(recurse=False))

@@ -1,8 +1,12 @@
-"""The inner step: what one replica does with its own gradient, with no communication across replicas."""
+"""The inner step: what one replica does with its own gradient, with no communication across replicas.
+
+It is cut where a sharded matrix must sum over its shards: coordinates of the gradient first, then the moments of
+the coordinates a shard keeps, then the update of the elements it holds.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,25 +26,26 @@ class StepSettings:
 
     @property
     def bias_corrections(self) -> tuple[float, float]:
+        """(c1, c2) = (1 - b1^t, 1 - b2^t)."""
         return 1.0 - self.betas[0] ** self.step, 1.0 - self.betas[1] ** self.step
 
 
 @dataclass
-class LowRankState:
-    """Views of one matrix's optimizer state, oriented like the matrix.
+class Update:
+    """What the update of a tile needs, all of the same columns.
 
-    exp_avg, exp_avg_sq: (r, l). error: (s, l) or None. row: (s,), col: (l,), for `factored` only.
+    coordinates: (r, l), lifted with weight lr: omega N, or the mixed coordinates, by mode.
+    den_mean: (1, l), mean of den over the r coordinates, for `full_rank`.
+    gradient: (r, l), Q^T G, for `factored`.
+    row, col: (s,) and (l,), bias-corrected row and column means of G^2, and their common mean, for `factored`.
     """
 
-    basis: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    error: Tensor | None = None
+    coordinates: Tensor
+    den_mean: Tensor | None = None
+    gradient: Tensor | None = None
     row: Tensor | None = None
     col: Tensor | None = None
-    # Filled by the step when `measure` is set: energies |Q^T G|^2 and |G|^2.
-    measure: bool = False
-    energies: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+    mean: Tensor | None = None
 
 
 def project(basis: Tensor, matrix: Tensor) -> Tensor:
@@ -58,72 +63,59 @@ def with_error(gradient: Tensor, error: Tensor | None) -> Tensor:
     return gradient if error is None else gradient + error.to(gradient.dtype)
 
 
-def low_rank_step_(weight: Tensor, gradient: Tensor, state: LowRankState, settings: StepSettings) -> None:
-    """One inner step of a projected matrix; `weight` and the tensors of `state` are updated in place.
+def advance_moments_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, gradient: Tensor, settings: StepSettings
+) -> Update:
+    """Adam moments of projected coordinates, updated in place, and the coordinates to lift.
 
-        A = G + E;  g = Q^T A;  E = A - Q g
         u = b1 u + (1-b1) g;  v = b2 v + (1-b2) g^2;  den = sqrt(v/c2) + eps;  N = (u/c1)/den
-        full_rank  W -= lr [ (1-omega) G / mean_r(den) + omega Q N ]
-        low_rank   W -= lr Q [ ((1-omega) Q^T G + omega u/c1) / den ]
-        none       W -= lr Q N
-        factored   the low_rank term, and (1-omega) (G - Q Q^T G) over its own factored preconditioner
+        none: N      full_rank: omega N, and mean_r(den)      low_rank, factored: ((1-omega) Q^T G + omega u/c1)/den
 
-    with decoupled weight decay first (AdamW). Source: LoRDO, arXiv 2602.04396; quasi-hyperbolic momentum
-    arXiv 1810.06801; error feedback as LDAdam, arXiv 2410.16103; factored second moment as Adafactor,
-    arXiv 1804.04235.
+    Source: LoRDO, arXiv 2602.04396; quasi-hyperbolic momentum arXiv 1810.06801.
 
     Args:
-        weight: W, (s, l), may be a transposed view.
-        gradient: G, (s, l), same dtype as weight; not modified.
+        projected: g = Q^T (G + E), (r, l).
+        gradient: Q^T G, (r, l); the same tensor without error feedback.
     """
     b1, b2 = settings.betas
     c1, c2 = settings.bias_corrections
-    Q, u, v = state.basis, state.exp_avg, state.exp_avg_sq
-    A = with_error(gradient, state.error)
-    g = project(Q, A)
-    if state.error is not None:
-        state.error.copy_(torch.addmm(A, Q, g, alpha=-1.0))
-    del A
-    u.lerp_(g, 1.0 - b1)
-    v.mul_(b2).addcmul_(g, g, value=1.0 - b2)
-    den = (v / c2).sqrt_().add_(settings.eps)
-    needs_projection = settings.qh_mode in ("low_rank", "factored") or state.measure
-    gradient_coordinates = g if state.error is None or not needs_projection else project(Q, gradient)
-    if state.measure:
-        state.energies = (gradient_coordinates.square().sum(), gradient.square().sum())
+    exp_avg.lerp_(projected, 1.0 - b1)
+    exp_avg_sq.mul_(b2).addcmul_(projected, projected, value=1.0 - b2)
+    den = (exp_avg_sq / c2).sqrt_().add_(settings.eps)
+    if settings.qh_mode == "none":
+        return Update((exp_avg / den).div_(c1))
+    if settings.qh_mode == "full_rank":
+        return Update((exp_avg / den).mul_(settings.omega / c1), den_mean=den.mean(dim=-2, keepdim=True))
+    mixed = gradient.mul(1.0 - settings.omega).add_(exp_avg, alpha=settings.omega / c1).div_(den)
+    return Update(mixed, gradient=gradient if settings.qh_mode == "factored" else None)
 
+
+def apply_update_(weight: Tensor, gradient: Tensor, basis: Tensor, update: Update, settings: StepSettings) -> None:
+    """Step the elements of one tile in place, with decoupled weight decay first (AdamW).
+
+        full_rank  W -= lr [ (1-omega) G / mean_r(den) + omega Q N ]
+        none, low_rank  W -= lr Q x
+        factored   W -= lr [ Q x + (1-omega) (G - Q Q^T G) / (sqrt(rh ch^T / mean(rh)) + eps) ]
+
+    Source of the factored preconditioner: Adafactor, arXiv 1804.04235.
+
+    Args:
+        weight, gradient: (s, l) oriented tiles; may be transposed views.
+        basis: the tile's rows of Q, (s, r).
+    """
     if settings.weight_decay:
         weight.mul_(1.0 - settings.lr * settings.weight_decay)
-    if settings.qh_mode == "none":
-        weight.addmm_(Q, u / den, alpha=-settings.lr / c1)
-        return
-    if settings.qh_mode == "full_rank":
-        weight.addcdiv_(gradient, den.mean(dim=-2, keepdim=True), value=-settings.lr * (1.0 - settings.omega))
-        weight.addmm_(Q, u / den, alpha=-settings.lr * settings.omega / c1)
-        return
-    mixed = gradient_coordinates.mul(1.0 - settings.omega).add_(u, alpha=settings.omega / c1).div_(den)
-    weight.addmm_(Q, mixed, alpha=-settings.lr)
-    if settings.qh_mode == "factored":
-        _factored_residual_step_(weight, gradient, gradient_coordinates, state, settings, b2, c2)
-
-
-def _factored_residual_step_(
-    weight: Tensor, gradient: Tensor, coordinates: Tensor, state: LowRankState, settings: StepSettings, b2: float, c2: float
-) -> None:
-    """W -= lr (1-omega) P / (sqrt(rh ch^T / mean(rh)) + eps), with P = G - Q Q^T G."""
-    assert state.row is not None and state.col is not None
-    square = gradient.square()
-    state.row.lerp_(square.mean(dim=-1), 1.0 - b2)
-    state.col.lerp_(square.mean(dim=-2), 1.0 - b2)
-    del square
-    row_hat, col_hat = state.row / c2, state.col / c2
-    mean = row_hat.mean()
-    # A gradient that was always zero has no direction: the residual is zero, not 0/0.
-    row_share = torch.where(mean > 0, row_hat / mean, torch.zeros_like(row_hat))
-    preconditioner = torch.outer(row_share, col_hat).sqrt_().add_(settings.eps)
-    residual = torch.addmm(gradient, state.basis, coordinates, alpha=-1.0)
-    residual = torch.where(mean > 0, residual.div_(preconditioner), torch.zeros_like(residual))
-    weight.add_(residual, alpha=-settings.lr * (1.0 - settings.omega))
+    weight.addmm_(basis, update.coordinates, alpha=-settings.lr)
+    if update.den_mean is not None:
+        weight.addcdiv_(gradient, update.den_mean, value=-settings.lr * (1.0 - settings.omega))
+    if update.gradient is not None:
+        assert update.row is not None and update.col is not None and update.mean is not None
+        # A gradient that was always zero has no direction: the residual is zero, not 0/0.
+        share = torch.where(update.mean > 0, update.row / update.mean, torch.zeros_like(update.row))
+        preconditioner = torch.outer(share, update.col).sqrt_().add_(settings.eps)
+        residual = torch.addmm(gradient, basis, update.gradient, alpha=-1.0).div_(preconditioner)
+        residual = torch.where(update.mean > 0, residual, torch.zeros_like(residual))
+        weight.add_(residual, alpha=-settings.lr * (1.0 - settings.omega))
 
 
 def adamw_step_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: StepSettings) -> None:
@@ -139,9 +131,9 @@ def adamw_step_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: T
 
 
 def rotate_moments_(
-    exp_avg: Tensor, exp_avg_sq: Tensor, old_basis: Tensor, new_basis: Tensor, betas: tuple[float, float], step: int
+    exp_avg: Tensor, exp_avg_sq: Tensor, rotation: Tensor, betas: tuple[float, float], step: int
 ) -> None:
-    """Express the moments, in place, in a new basis: R = Q'^T Q.
+    """Express the moments, in place, in a new basis: R = Q'^T Q, (r, r).
 
         u <- R u ;   v <- c2 | R^2 (v^ - u^^2) + (R u^)^2 |        (^ bias-corrected, squares elementwise)
 
@@ -150,10 +142,9 @@ def rotate_moments_(
     if step == 0:
         return
     c1, c2 = 1.0 - betas[0] ** step, 1.0 - betas[1] ** step
-    R = new_basis.mT @ old_basis
     u_hat, v_hat = exp_avg / c1, exp_avg_sq / c2
-    rotated = R @ u_hat
-    variance = R.square() @ (v_hat - u_hat.square())
+    rotated = rotation @ u_hat
+    variance = rotation.square() @ (v_hat - u_hat.square())
     exp_avg.copy_(rotated * c1)
     exp_avg_sq.copy_((variance + rotated.square()).abs_() * c2)
 
@@ -163,4 +154,3 @@ def rescale_bias_correction(beta: float, step: int, common_step: int) -> float:
     if step == common_step or step == 0:
         return 1.0
     return (1.0 - beta**common_step) / (1.0 - beta**step)
-

@@ -51,7 +51,8 @@ def replica_layout(data_parallel_ranks: Sequence[int], replica_size: int | str, 
         ConfigError: the size does not divide the number of data-parallel ranks.
     """
     total = len(data_parallel_ranks)
-    size = {"all": total, "node": ranks_per_node}.get(replica_size, replica_size)  # type: ignore[call-overload]
+    named = {"all": total, "node": ranks_per_node}
+    size = named[replica_size] if isinstance(replica_size, str) else replica_size
     if total % size:
         legal = [n for n in range(1, total + 1) if total % n == 0]
         nearest = min(legal, key=lambda n: abs(n - size))

@@ -69,7 +69,12 @@ class Reference:
         """Q' from D, and the moments in it: u <- R u; v <- c2 |R^2 (v^ - u^^2) + (R u^)^2|, R = Q'^T Q."""
         old = S["Q"]
         S["Q"] = refresh_basis(
-            D, old, p.rank, method=self.config.basis_update, source=self.config.basis_source, seed=sketch_seed(p.name, self.n)
+            D,
+            old,
+            p.rank,
+            method=self.config.basis_update,
+            source=self.config.basis_source,
+            seed=sketch_seed(p.name, self.n),
         ).basis
         if old is not None and S["t"] > 0:
             R = S["Q"].T @ old
@@ -132,8 +137,11 @@ class Reference:
             if p.low_rank and plan.refresh_basis and not (self.config.basis_source == "gradient" and self.own_basis):
                 shared = None if self.own_basis and self.M > 1 else D
                 if self.config.basis_source == "gradient":
-                    parts = [p.orient(G[p.name]) + (self.state[m][p.name]["E"] if self.config.error_feedback else 0)
-                             for m, G in enumerate(gradients) if G is not None and m in finite]
+                    parts = [
+                        p.orient(G[p.name]) + (self.state[m][p.name]["E"] if self.config.error_feedback else 0)
+                        for m, G in enumerate(gradients)
+                        if G is not None and m in finite
+                    ]
                     shared = p.orient(torch.zeros_like(D)) if not parts else torch.stack(parts).mean(0)
                 elif shared is not None:
                     shared = p.orient(shared)

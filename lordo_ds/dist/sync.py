@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lordo_ds.config import LordoConfig
-from lordo_ds.core.basis import overlap, refresh_basis, sketch_seed
+from lordo_ds.core.basis import WholeMatrix, overlap, refresh_basis, sketch_seed
+from lordo_ds.core.fragments import bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.inner import StepSettings, rescale_bias_correction, rotate_moments_, with_error
+from lordo_ds.core.inner import rotate_moments_, with_error
 from lordo_ds.core.outer import outer_update, pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.dist.checksum import checksum
+from lordo_ds.dist.fragment import Fragment, ShardedMatrix
 from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
+from lordo_ds.dist.moments import common_moments_, republish_
+from lordo_ds.dist.report import RowAverager, SyncReport
+from lordo_ds.dist.shards import ShardComm
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
@@ -32,61 +35,6 @@ class SyncError(RuntimeError):
     """The replicas can no longer be trusted to be equal; training must not go on."""
 
 
-@dataclass
-class SyncItem:
-    """One parameter as the sync sees it. `weight` is the full-precision tensor that the optimizer steps.
-
-    `gradient` and `settings` are kept from one `step()` to the end of the same attempted step, where a first
-    basis is still missing (the update is then deferred) or the basis comes from the gradient.
-    """
-
-    plan: ParameterPlan
-    weight: Tensor
-    state: dict[str, Any]
-    betas: tuple[float, float]
-    gradient: Tensor | None = None
-    settings: StepSettings | None = None
-    # Energies of the last measured gradient, inside the basis and in all; this replica's own pseudo-gradient.
-    energies: tuple[Tensor, Tensor] | None = None
-    own_pseudo_gradient: Tensor | None = None
-
-    @property
-    def basis(self) -> Tensor | None:
-        """Q, or None before the first one; its storage exists from the start."""
-        return self.state["basis"] if self.state.get("has_basis") else None
-
-    @basis.setter
-    def basis(self, basis: Tensor) -> None:
-        self.state["basis"].copy_(basis)
-        self.state["has_basis"] = True
-
-    @property
-    def step(self) -> int:
-        return int(self.state["step"])
-
-    def moments(self) -> dict[str, tuple[Tensor, float]]:
-        """Name -> (tensor, its beta), of every running average."""
-        names = {"exp_avg": 0, "exp_avg_sq": 1, "row_mean_sq": 1, "col_mean_sq": 1}
-        return {name: (self.state[name], self.betas[which]) for name, which in names.items() if name in self.state}
-
-
-@dataclass
-class SyncReport:
-    """What one sync did, as a user would ask; energies and drift are averages over replicas."""
-
-    step: int
-    replicas: int
-    participants: int
-    seconds: float = 0.0
-    bytes_sent: int = 0
-    drift: float = 0.0
-    overlap: float | None = None
-    captured_gradient_energy: float | None = None
-    captured_pseudo_gradient_energy: float | None = None
-    returned_to_anchor: bool = False
-    basis_notes: dict[str, str] = field(default_factory=dict)
-
-
 class OuterSync:
     """Averages the replicas' pseudo-gradients, steps the outer optimizer and refreshes the bases.
 
@@ -97,19 +45,19 @@ class OuterSync:
     def __init__(
         self,
         config: LordoConfig,
-        items: Sequence[SyncItem],
+        items: Sequence[Fragment],
         wire: ReplicaWire,
+        shard: ShardComm,
         bucket_numel: int = DEFAULT_BUCKET_NUMEL,
     ) -> None:
-        self.config, self.items, self.wire = config, list(items), wire
+        self.config, self.items, self.wire, self.shard = config, list(items), wire, shard
         self.own_basis = wire.replicas == 1 or config.projection == "local"
-        self.buckets = [self.items[a:b] for a, b in _bucket_bounds([i.plan.numel for i in self.items], bucket_numel)]
+        self.buckets = [self.items[a:b] for a, b in bucket_bounds([i.plan.numel for i in self.items], bucket_numel)]
         self.syncs = 0
         self.nonfinite_syncs = 0
         self.left_out_syncs = 0
         self.last_report: SyncReport | None = None
-        self.rows: list[list[float]] = []
-        self._averaged_rows: list[list[float]] = []
+        self.rows = RowAverager()
         self._told: set[tuple[str, str]] = set()
 
     # -- start ---------------------------------------------------------------------------------------
@@ -150,7 +98,7 @@ class OuterSync:
 
     def waits_for_basis(self) -> bool:
         """Whether some matrix has no basis yet that only all replicas together can give it."""
-        return not self.own_basis and any(item.plan.low_rank and item.basis is None for item in self.items)
+        return not self.own_basis and any(item.plan.low_rank and not item.has_basis for item in self.items)
 
     def first_basis(self, step: int) -> bool:
         """Bases from the first gradient averaged over the replicas that executed it. Collective.
@@ -158,29 +106,39 @@ class OuterSync:
         Returns:
             Whether there was such a replica; otherwise it is tried again after the next step.
         """
-        waiting = [item for item in self.items if item.plan.low_rank and item.basis is None]
-        deferred = [item.gradient for item in waiting if item.gradient is not None]
-        executed = bool(deferred) and _all_finite(deferred)
+        waiting = [item for item in self.items if item.plan.low_rank and not item.has_basis]
+        executed = any(item.settings is not None for item in waiting)
+        executed = self._all_shards(executed and _all_finite([i.gradient for i in waiting if i.gradient is not None]))
         flags = self.wire.gather(self._vector([step, int(executed)]), "first_basis")
         self._assert_same("step", flags[:, 0])
         givers = int(flags[:, 1].sum())
         if givers == 0:
             return False
         for item in waiting:
-            give = executed and item.gradient is not None
-            mean = item.gradient.clone() if give and item.gradient is not None else torch.zeros_like(item.weight)
+            mean = torch.zeros_like(item.weight)
+            if executed and item.gradient is not None:
+                mean.copy_(item.gradient)
             self.wire.sum_(mean, "first_basis").div_(givers)
-            self._set_basis(item, mean, step)
+            self.refresh(item, mean, step)
         return True
 
-    def refresh_from(self, item: SyncItem, matrix: Tensor, step: int) -> None:
-        """Refresh one basis from a matrix shaped like the parameter, and express the moments in it."""
-        self._set_basis(item, matrix, step)
+    def refresh_in_step(self, item: Fragment, elements: Tensor, step: int) -> None:
+        """`refresh` from a replica's own gradient, inside a step."""
+        self.refresh(item, elements, step)
+        republish_([item], self.shard)
 
-    def _set_basis(self, item: SyncItem, matrix: Tensor, step: int) -> None:
-        old = item.basis
+    def refresh(self, item: Fragment, elements: Tensor, step: int) -> float | None:
+        """Refresh one basis from a matrix laid out like the fragment, and express the moments in it.
+
+        Collective over the shards; bitwise equal on them.
+
+        Returns:
+            The overlap of the new basis with the previous one, or None for a first basis.
+        """
+        old = item.whole_basis().clone() if item.has_basis else None
+        whole = self.shard.size == 1
         refreshed = refresh_basis(
-            item.plan.orient(matrix),
+            WholeMatrix(item.plan.orient(elements.view(item.plan.shape))) if whole else ShardedMatrix(item, elements),
             old,
             item.plan.rank,
             method=self.config.basis_update,
@@ -195,10 +153,12 @@ class OuterSync:
             logger.log(level, "LoRDO: %s of %s at step %d: %s", what, item.plan.name, step, refreshed.note)
             if self.last_report is not None:
                 self.last_report.basis_notes[item.plan.name] = refreshed.note
+        new = self.shard.broadcast_(refreshed.basis.contiguous(), "basis")
         if old is not None and not refreshed.kept:
             moments = item.state["exp_avg"], item.state["exp_avg_sq"]
-            rotate_moments_(*moments, old, refreshed.basis, item.betas, item.step)
-        item.basis = refreshed.basis
+            rotate_moments_(*moments, new.mT @ old, item.betas, item.step)
+        item.store_basis(new)
+        return None if old is None else overlap(new, old)
 
     # -- the sync ------------------------------------------------------------------------------------
 
@@ -224,7 +184,7 @@ class OuterSync:
         finite = header[:, 2].bool().tolist()
         participants = [m for m, ok in enumerate(finite) if ok]
         report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
-        self._reduce_rows()
+        self.rows.reduce(self.wire, self.shard, self._device)
         common_executed = int(header[participants or slice(None), 3].max())
         if participants:
             self.nonfinite_syncs = 0
@@ -239,24 +199,30 @@ class OuterSync:
         return common_executed
 
     def _exchange_header(self, step: int, executed_steps: int, executed_now: bool) -> Tensor:
-        finite = self.wire.replicas == 1 or self._is_finite()
-        shared_bases = [] if self.own_basis else [i.basis for i in self.items if i.basis is not None]
-        fields = [step, len(self.rows), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
+        finite = self.wire.replicas == 1 or self._all_shards(self._is_finite())
+        shared_bases = [] if self.own_basis else [i.basis for i in self.items if i.plan.low_rank]
+        fields = [step, len(self.rows.pending), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
         assert len(fields) == _HEADER_FIELDS
         header = self.wire.gather(self._vector(fields + [item.step for item in self.items]), "header").cpu()
         self._assert_same("step", header[:, 0])
         self._assert_same("recorded rows", header[:, 1])
         if not bool((header[:, 5] == header[0, 5]).all()):
-            raise SyncError(f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}")
+            raise SyncError(
+                f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
+            )
         return header
 
     def _is_finite(self) -> bool:
         tensors = [item.weight for item in self.items]
         for item in self.items:
-            tensors += [tensor for tensor, _ in item.moments().values()]
-            if "error" in item.state:
-                tensors.append(item.state["error"])
+            tensors += [tensor for _, tensor, _ in item.moments()]
+            tensors += [item.error] if item.error is not None else []
         return _all_finite(tensors)
+
+    def _all_shards(self, flag: bool) -> bool:
+        """Whether it holds on every shard of this replica."""
+        failed = torch.tensor([float(not flag)], device=self._device)
+        return not bool(self.shard.max_(failed, "flags")[0])
 
     def _sync_participants(
         self, plan: SyncPlan, step: int, header: Tensor, participants: list[int]
@@ -264,7 +230,7 @@ class OuterSync:
         """Returns the squared norms of this replica's and of the mean pseudo-gradient."""
         takes_part = self.wire.index in participants
         gives_gradient = [m for m in participants if header[m, 4]]
-        own_norm, mean_norm, overlaps, captured = 0.0, 0.0, [], [0.0, 0.0]
+        own_norm, mean_norm, overlaps = 0.0, 0.0, []
         position = _HEADER_FIELDS
         for bucket in self.buckets:
             steps = header[:, position : position + len(bucket)]
@@ -275,42 +241,36 @@ class OuterSync:
             for item, mean in zip(anchored, means, strict=True):
                 mean_norm += float(mean.square().sum())
                 self._step_weight(item, mean, plan)
-            self._common_moments(plan, bucket, steps, participants, takes_part)
-            if not plan.refresh_basis:
-                continue
+            common_moments_(bucket, steps, participants, takes_part, plan, self.config, self.wire)
             by_item = {id(item): mean for item, mean in zip(anchored, means, strict=True)}
-            for item in bucket:
+            for item in bucket if plan.refresh_basis else ():
                 matrix = self._basis_matrix(item, by_item, gives_gradient, takes_part)
                 if matrix is None:
                     continue
-                assert item.basis is not None
-                old = item.basis.clone()
-                self._set_basis(item, matrix, step)
-                overlaps.append(overlap(item.basis, old))
-                captured[0] += float((item.basis.mT @ item.plan.orient(matrix)).square().sum())
-                captured[1] += float(matrix.square().sum())
+                overlaps.append(self.refresh(item, matrix, step))
+            republish_(bucket, self.shard)
         self._reseed(participants, takes_part, step)
         report = self.last_report
         assert report is not None
-        report.overlap = sum(overlaps) / len(overlaps) if overlaps else None
-        report.captured_pseudo_gradient_energy = captured[0] / captured[1] if captured[1] > 0 else None
+        known = [value for value in overlaps if value is not None]
+        report.overlap = sum(known) / len(known) if known else None
         return own_norm, mean_norm
 
     def _mean_pseudo_gradients(
-        self, items: list[SyncItem], participants: list[int], takes_part: bool
+        self, items: list[Fragment], participants: list[int], takes_part: bool
     ) -> tuple[list[Tensor], float]:
         """D of each item, averaged over the participants; and the squared norm of this replica's own."""
         if not items:
             return [], 0.0
-        flat = torch.zeros(sum(i.plan.numel for i in items), dtype=items[0].weight.dtype, device=items[0].weight.device)
-        parts = [p.view_as(i.weight) for i, p in zip(items, flat.split([i.plan.numel for i in items]), strict=True)]
+        flat = items[0].weight.new_zeros(sum(item.numel for item in items))
+        parts = list(flat.split([item.numel for item in items]))
         if takes_part:
             for item, part in zip(items, parts, strict=True):
                 pseudo_gradient(item.state["anchor"], item.weight, out=part)
                 if self.config.projection == "local":
                     item.own_pseudo_gradient = part.clone()
         own = float(flat.square().sum())
-        if self.wire.replicas > 1:
+        if self.wire.replicas > 1 and flat.numel():
             flat.div_(len(participants))
             if self.config.pseudo_gradient_dtype == "bf16":
                 flat.copy_(self.wire.sum_(flat.to(torch.bfloat16), "pseudo_gradient"))
@@ -318,7 +278,7 @@ class OuterSync:
                 self.wire.sum_(flat, "pseudo_gradient")
         return parts, own
 
-    def _step_weight(self, item: SyncItem, mean: Tensor, plan: SyncPlan) -> None:
+    def _step_weight(self, item: Fragment, mean: Tensor, plan: SyncPlan) -> None:
         """W = anchor - outer(D); anchor = W. One replica's plain average is its own weights, untouched."""
         anchor = item.state["anchor"]
         if self.wire.replicas > 1 or not plan.plain_average:
@@ -327,42 +287,11 @@ class OuterSync:
             item.weight.sub_(outer_update(mean, momentum, self.config.outer))
         anchor.copy_(item.weight)
 
-    def _common_moments(
-        self, plan: SyncPlan, bucket: list[SyncItem], steps: Tensor, participants: list[int], takes_part: bool
-    ) -> None:
-        """Every replica takes the largest t; moments are averaged where due, else keep their bias-corrected value."""
-        to_average: list[tuple[Tensor, float, int]] = []
-        for column, item in enumerate(bucket):
-            counts = steps[participants, column]
-            common = int(counts.max())
-            givers = int((counts > 0).sum()) if common else len(participants)
-            shared = item.plan.low_rank or self.config.average_dense_moments
-            for name, (tensor, beta) in item.moments().items():
-                due = shared and (plan.average_exp_avg if name == "exp_avg" else plan.average_exp_avg_sq)
-                if takes_part:
-                    tensor.mul_(rescale_bias_correction(beta, item.step, common))
-                else:
-                    tensor.zero_()
-                if due:
-                    kind = 0 if name == "exp_avg" else 1
-                    to_average.append((tensor, 1.0 / givers, kind))
-            item.state["step"] = common
-        if self.wire.replicas == 1:
-            return
-        for which, kind_name in enumerate(("exp_avg", "exp_avg_sq")):
-            chosen = [(tensor, weight) for tensor, weight, kind in to_average if kind == which]
-            if not chosen:
-                continue
-            flat = torch.cat([tensor.flatten() * weight for tensor, weight in chosen])
-            self.wire.sum_(flat, kind_name)
-            for (tensor, _), part in zip(chosen, flat.split([t.numel() for t, _ in chosen]), strict=True):
-                tensor.copy_(part.view_as(tensor))
-
     def _basis_matrix(
-        self, item: SyncItem, means: dict[int, Tensor], gives_gradient: list[int], takes_part: bool
+        self, item: Fragment, means: dict[int, Tensor], gives_gradient: list[int], takes_part: bool
     ) -> Tensor | None:
         """What the basis of this item is refreshed from at a sync; None where a sync does not refresh it."""
-        if not item.plan.low_rank or item.basis is None:
+        if not item.plan.low_rank or not item.has_basis:
             return None
         if self.config.basis_source != "gradient":
             if self.config.projection == "local" and self.wire.replicas > 1:
@@ -372,7 +301,7 @@ class OuterSync:
             return None  # refreshed inside the due step already
         matrix = torch.zeros_like(item.weight)
         if self.wire.index in gives_gradient and item.gradient is not None:
-            matrix.copy_(with_error(item.gradient, item.state.get("error")))
+            matrix.copy_(with_error(item.gradient, item.error))
         return self.wire.sum_(matrix, "gradient").div_(max(1, len(gives_gradient)))
 
     def _reseed(self, participants: list[int], takes_part: bool, step: int) -> None:
@@ -381,16 +310,19 @@ class OuterSync:
             return
         left_out = sorted(set(range(self.wire.replicas)) - set(participants))
         self.left_out_syncs += 1
-        logger.warning("LoRDO: replicas %s were not finite at step %d: left out of this sync and reseeded", left_out, step)
+        logger.warning(
+            "LoRDO: replicas %s were not finite at step %d: left out of this sync and reseeded", left_out, step
+        )
         donor = participants[0]
         for item in self.items:
-            tensors = [tensor for tensor, _ in item.moments().values()]
+            tensors = [tensor for _, tensor, _ in item.moments()]
             tensors += [item.state["basis"]] if item.plan.low_rank else []
             for tensor in tensors:
                 received = tensor if not takes_part else tensor.clone()
                 self.wire.broadcast_(received, "reseed", donor)
             if not takes_part and item.plan.low_rank:
-                item.state["has_basis"] = bool(item.state["basis"].any())
+                any_basis = self.shard.max_(item.basis.new_tensor([float(item.basis.any())]), "flags")
+                item.state["has_basis"] = bool(any_basis[0])
                 if "error" in item.state:
                     item.state["error"].zero_()
 
@@ -399,7 +331,11 @@ class OuterSync:
         report.returned_to_anchor = True
         self.nonfinite_syncs += 1
         limit = self.config.max_nonfinite_syncs
-        logger.warning("LoRDO: no replica is finite at step %d (%d in a row): back to the anchor", report.step, self.nonfinite_syncs)
+        logger.warning(
+            "LoRDO: no replica is finite at step %d (%d in a row): back to the anchor",
+            report.step,
+            self.nonfinite_syncs,
+        )
         if self.nonfinite_syncs >= limit:
             raise SyncError(
                 f"LoRDO: no replica was finite at {limit} syncs in a row, the last at step {report.step}: "
@@ -407,7 +343,7 @@ class OuterSync:
             )
         for item in self.items:
             item.weight.copy_(item.state["anchor"])
-            for tensor, _ in item.moments().values():
+            for _, tensor, _ in item.moments():
                 tensor.zero_()
             if "error" in item.state:
                 item.state["error"].zero_()
@@ -416,6 +352,10 @@ class OuterSync:
     def _finish(self, plan: SyncPlan, report: SyncReport, norms: tuple[float, float]) -> None:
         """Prove that the replicas are equal, and average what the report says of them."""
         inside, energy = self._gradient_energies()
+        if self.shard.size > 1:
+            sums = torch.tensor([*norms, inside, energy], dtype=torch.float64, device=self._device)
+            own_norm, mean_norm, inside, energy = self.shard.sum_(sums, "report").tolist()
+            norms = own_norm, mean_norm
         for item in self.items:
             item.gradient = item.own_pseudo_gradient = None
         if self.wire.replicas > 1:
@@ -424,7 +364,9 @@ class OuterSync:
             assert trailer.numel() == _TRAILER_FIELDS
             rows = self.wire.gather(self._vector(trailer.tolist()), "checksum").cpu()
             if not bool((rows[:, 0] == rows[0, 0]).all()):
-                raise SyncError(f"LoRDO: the replicas differ after the sync at step {report.step}: {self._culprit('all', plan)}")
+                raise SyncError(
+                    f"LoRDO: the replicas differ after the sync at step {report.step}: {self._culprit('all', plan)}"
+                )
             sums = rows[:, 1:].contiguous().view(torch.float64).sum(0)
             mean_own = float(sums[0]) / max(1, report.participants)
             # Mean squared distance from the mean, by the variance identity.
@@ -440,15 +382,14 @@ class OuterSync:
                 inside, energy = inside + float(measured[0]), energy + float(measured[1])
         return inside, energy
 
-    def _shared_tensors(self, plan: SyncPlan, item: SyncItem | None = None) -> Iterator[Tensor]:
+    def _shared_tensors(self, plan: SyncPlan, item: Fragment | None = None) -> Iterator[Tensor]:
         """Everything that must be bitwise equal on all replicas after a sync."""
         for one in self.items if item is None else [item]:
             yield one.weight
             if "outer_momentum" in one.state:
                 yield one.state["outer_momentum"]
             if one.plan.low_rank and not self.own_basis:
-                if one.basis is not None:
-                    yield one.basis
+                yield one.basis
                 if plan.average_exp_avg:
                     yield one.state["exp_avg"]
                 if plan.average_exp_avg_sq:
@@ -459,7 +400,7 @@ class OuterSync:
         sums = []
         for item in self.items:
             if what == "basis" or plan is None:
-                sums.append(checksum([] if item.basis is None else [item.basis]))
+                sums.append(checksum([item.basis] if item.plan.low_rank else []))
             else:
                 sums.append(checksum(self._shared_tensors(plan, item)))
         rows = self.wire.gather(self._vector(sums), "checksum").cpu()
@@ -469,24 +410,9 @@ class OuterSync:
                 return f"{item.plan.name} on replicas {odd} against replica 0"
         return "no single parameter"
 
-    # -- rows that ride with the sync ----------------------------------------------------------------
-
-    def _reduce_rows(self) -> None:
-        """Average the rows recorded since the last sync over replicas, in one reduction."""
-        if not self.rows:
-            return
-        table = torch.tensor(self.rows, dtype=torch.float64, device=self._device)
-        self.wire.sum_(table, "rows").div_(self.wire.replicas)
-        self._averaged_rows += table.tolist()
-        self.rows = []
-
-    def take_averaged_rows(self) -> list[list[float]]:
-        rows, self._averaged_rows = self._averaged_rows, []
-        return rows
-
     def flush_rows(self) -> None:
-        """Average the rows recorded so far now. Collective: all replicas recorded equally many."""
-        self._reduce_rows()
+        """Average the recorded rows now, apart from a sync. Collective: every rank has recorded equally many."""
+        self.rows.reduce(self.wire, self.shard, self._device)
 
     # -- small helpers -------------------------------------------------------------------------------
 
@@ -506,19 +432,24 @@ class OuterSync:
         replicas = self.wire.replicas
         if replicas == 1:
             return 0
-        sent = gather_bytes(8 * (_HEADER_FIELDS + len(self.items)), replicas) + gather_bytes(8 * _TRAILER_FIELDS, replicas)
+        sent = gather_bytes(8 * (_HEADER_FIELDS + len(self.items)), replicas) + gather_bytes(
+            8 * _TRAILER_FIELDS, replicas
+        )
         if rows:
             sent += reduction_bytes(8 * rows * row_length, replicas)
         for bucket in self.buckets:
             width = bucket[0].weight.element_size()
             wire_width = 2 if self.config.pseudo_gradient_dtype == "bf16" else width
-            sent += reduction_bytes(wire_width * sum(item.plan.numel for item in bucket), replicas)
+            sent += reduction_bytes(wire_width * sum(item.numel for item in bucket), replicas)
             averaged = [i for i in bucket if i.plan.low_rank or self.config.average_dense_moments]
-            for due, names in ((plan.average_exp_avg, ("exp_avg",)), (plan.average_exp_avg_sq, ("exp_avg_sq", "row_mean_sq", "col_mean_sq"))):
+            for due, names in (
+                (plan.average_exp_avg, ("exp_avg",)),
+                (plan.average_exp_avg_sq, ("exp_avg_sq", "row_mean_sq", "col_mean_sq")),
+            ):
                 moments = sum(i.state[n].numel() for i in averaged for n in names if n in i.state)
                 sent += reduction_bytes(width * moments, replicas) if due and moments else 0
             if plan.refresh_basis and self.config.basis_source == "gradient" and not self.own_basis:
-                sent += sum(reduction_bytes(width * i.plan.numel, replicas) for i in bucket if i.plan.low_rank)
+                sent += sum(reduction_bytes(width * i.numel, replicas) for i in bucket if i.plan.low_rank)
         return sent
 
 
@@ -533,16 +464,3 @@ def _all_finite(tensors: Sequence[Tensor]) -> bool:
         if not bool(torch.isfinite(peaks).all()):
             return False
     return True
-
-
-def _bucket_bounds(numels: Sequence[int], bucket_numel: int) -> list[tuple[int, int]]:
-    """Consecutive runs of whole parameters, each of at most `bucket_numel` elements unless one alone is larger."""
-    bounds, start, filled = [], 0, 0
-    for index, numel in enumerate(numels):
-        if index > start and filled + numel > bucket_numel:
-            bounds.append((start, index))
-            start, filled = index, 0
-        filled += numel
-    if start < len(numels):
-        bounds.append((start, len(numels)))
-    return bounds

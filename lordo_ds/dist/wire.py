@@ -23,7 +23,7 @@ class ReplicaWire:
 
     def sum_(self, tensor: Tensor, kind: str) -> Tensor:
         """Sum over replicas, in place; bitwise equal on all of them."""
-        if self.replicas > 1:
+        if self.replicas > 1 and tensor.numel():
             dist.all_reduce(tensor, group=self.group)
             self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.replicas))
         return tensor
@@ -39,7 +39,7 @@ class ReplicaWire:
 
     def broadcast_(self, tensor: Tensor, kind: str, source: int = 0) -> Tensor:
         """Copy the tensor of replica `source` to all, in place; only the source is charged for it."""
-        if self.replicas > 1:
+        if self.replicas > 1 and tensor.numel():
             assert self.group is not None
             contiguous = tensor.contiguous()
             dist.broadcast(contiguous, src=dist.get_global_rank(self.group, source), group=self.group)

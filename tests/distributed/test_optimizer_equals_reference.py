@@ -29,7 +29,12 @@ CASES: dict[str, dict[str, Any]] = {
     "svd_outer_without_nesterov": {"basis_update": "svd", "outer": {"lr": 0.5, "momentum": 0.6, "nesterov": False}},
     "complement": {"basis_source": "complement", "error_feedback": "fp32", "rank": 2},
     "gradient": {"basis_source": "gradient", "error_feedback": "fp32", "qh_mode": "none"},
-    "gradient_every_step": {"basis_source": "gradient", "sync_interval": 1, "qh_mode": "none", "error_feedback": "fp32"},
+    "gradient_every_step": {
+        "basis_source": "gradient",
+        "sync_interval": 1,
+        "qh_mode": "none",
+        "error_feedback": "fp32",
+    },
     "gradient_outer": {"basis_source": "gradient", "outer": OUTER},
     "local": {"projection": "local", "qh_mode": "factored"},
     "local_gradient": {"projection": "local", "basis_source": "gradient", "error_feedback": "fp32"},
@@ -76,7 +81,7 @@ def _rebucket(optimizer: LoRDO, bucket_numel: int) -> None:
     optimizer._attach_alone()
     old = optimizer.sync
     assert old is not None
-    optimizer.sync = OuterSync(optimizer.config, old.items, old.wire, bucket_numel=bucket_numel)
+    optimizer.sync = OuterSync(optimizer.config, old.items, old.wire, old.shard, bucket_numel=bucket_numel)
     assert len(optimizer.sync.buckets) > 2
 
 

@@ -56,12 +56,18 @@ def all_engines_against_reference() -> dict[str, float]:
         ("fp32", {}, False),
         ("fp32", {"preset": "recommended"}, False),
         ("fp32", {"error_feedback": "fp32"}, True),
-        ("fp32", {"qh_mode": "none", "basis_source": "gradient", "sync_interval": 1, "error_feedback": "fp32"}, True),
+        (
+            "fp32",
+            {"qh_mode": "none", "basis_source": "gradient", "sync_interval": 1, "error_feedback": "fp32"},
+            True,
+        ),
         ("bf16", {}, False),
         ("fp16", {}, False),
         ("bf16", {}, True),
     ]
-    return {f"{dtype} {optimizer} {one}": engine_against_reference(dtype, optimizer, one) for dtype, optimizer, one in cases}
+    return {
+        f"{dtype} {optimizer} {one}": engine_against_reference(dtype, optimizer, one) for dtype, optimizer, one in cases
+    }
 
 
 def test_engine_follows_the_reference_in_every_precision() -> None:
@@ -131,7 +137,11 @@ def train_quadratic(micro: int, accumulation: int, zero: dict[str, Any] | None =
         for chunk in samples.chunk(accumulation):
             engine.backward(engine(chunk))
             engine.step()
-    return {"weights": weights(engine), "steps": engine.global_steps, "norm": float(engine.get_global_grad_norm())}
+    return {
+        "weights": weights(engine),
+        "steps": engine.global_steps,
+        "norm": float(engine.get_global_grad_norm()),
+    }
 
 
 def test_accumulating_4_micro_batches_of_1_equals_1_of_4() -> None:
@@ -222,7 +232,7 @@ def bytes_between_and_at_syncs(optimizer: dict[str, Any], rows: bool) -> list[tu
         assert sync is not None
         for step in range(1, 9):
             counter.phase(f"step {step}")
-            before, recorded = hook.bytes_sent, len(sync.rows)
+            before, recorded = hook.bytes_sent, len(sync.rows.pending)
             train_step(engine, step)
             crossing = [r for r in counter.crossing(lambda rank: rank) if r.phase == f"step {step}"]
             counted = 0
@@ -253,7 +263,9 @@ def bytes_between_and_at_syncs(optimizer: dict[str, Any], rows: bool) -> list[tu
 def test_bytes_cross_replicas_at_syncs_only_and_as_predicted(optimizer: dict[str, Any], rows: bool) -> None:
     for per_step in run_ranks(bytes_between_and_at_syncs, 2, optimizer, rows):
         for step, (counted, ledger, predicted, collectives) in enumerate(per_step, start=1):
-            assert counted == ledger == predicted, f"step {step}: {counted} counted, {ledger} in the ledger, {predicted} predicted"
+            assert counted == ledger == predicted, (
+                f"step {step}: {counted} counted, {ledger} in the ledger, {predicted} predicted"
+            )
             assert bool(collectives) == (step == 1 or step % 3 == 0), f"step {step}"
 
 
@@ -359,7 +371,7 @@ def nan_on_some_replicas(bad: dict[int, list[int]], optimizer: dict[str, Any], s
     return {
         "weights": weights(engine),
         "status": lordo_ds.status(engine),
-        "moments": {i.plan.name: {k: t.clone() for k, (t, _) in i.moments().items()} for i in items},
+        "moments": {i.plan.name: {name: t.clone() for name, t, _ in i.moments()} for i in items},
     }
 
 
@@ -412,7 +424,7 @@ def tampered_basis(what: str) -> None:
             if what == "basis":
                 item.state["basis"][:, 0].neg_()
             else:
-                item.state["anchor"][0, 0] += 1e-3
+                item.state["anchor"][0] += 1e-3
 
 
 @pytest.mark.parametrize(("what", "where"), [("basis", "bases differ before"), ("anchor", "replicas differ after")])
@@ -446,8 +458,13 @@ def save_and_resume(folder: str, dtype: str, optimizer: dict[str, Any], at: int)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize(("at", "optimizer"), [(2, {}), (3, {"preset": "recommended"}), (4, {"error_feedback": "bf16", "projection": "local"})])
-def test_resume_is_bitwise_before_at_and_after_a_sync(tmp_path: Any, dtype: str, at: int, optimizer: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("at", "optimizer"),
+    [(2, {}), (3, {"preset": "recommended"}), (4, {"error_feedback": "bf16", "projection": "local"})],
+)
+def test_resume_is_bitwise_before_at_and_after_a_sync(
+    tmp_path: Any, dtype: str, at: int, optimizer: dict[str, Any]
+) -> None:
     for differences in run_ranks(save_and_resume, 2, str(tmp_path), dtype, optimizer, at):
         assert set(differences.values()) == {0.0}, differences
     tag = tmp_path / f"global_step{at}"
@@ -496,8 +513,64 @@ REFUSED = {
     "replica size": ({"replica_size": 2}, {}, r"must divide the data-parallel size 1 \(nearest: 1\)"),
     "nothing to project": ({"low_rank": {"include": ["bias"]}}, {}, "no parameter can be projected"),
     "pattern": ({"low_rank": {"exclude": ["wieght"]}}, {}, "'wieght' matches no parameter name"),
-    "autocast": ({}, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast is not supported"),
-    "stage 3": ({}, {"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3 is not supported"),
+    "autocast": (
+        {},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        "torch_autocast is not supported",
+    ),
+    "quantised gradients": (
+        {},
+        {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+        "zero_optimization.zero_quantized_gradients is not supported",
+    ),
+    "optimizer state on NVMe": (
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+        'zero_optimization.offload_optimizer to NVMe is not supported in this version: use "cpu"',
+    ),
+    "part of the optimizer state on the host": (
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        "zero_optimization.offload_optimizer.ratio is not supported in this version: leave it out",
+    ),
+    "SuperOffload": (
+        {},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        "zero_optimization.offload_optimizer.super_offload is not supported",
+    ),
+    "ZenFlow": (
+        {},
+        {
+            "zero_optimization": {
+                "stage": 2,
+                "offload_optimizer": {"device": "cpu"},
+                "zenflow": {"select_strategy": "step", "select_interval": 5},
+            }
+        },
+        "zero_optimization.zenflow is not supported",
+    ),
+    "secondary partition": (
+        {},
+        {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+        "zero_optimization.zero_hpz_partition_size is not supported",
+    ),
+    "elastic checkpoint": (
+        {},
+        {"zero_optimization": {"stage": 1, "elastic_checkpoint": True}},
+        "zero_optimization.elastic_checkpoint is not supported",
+    ),
+    "universal checkpoint": ({}, {"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is not"),
+    "DeepCompile": ({}, {"compile": {"deepcompile": True}}, "compile.deepcompile is not supported"),
+    "half-precision masters": (
+        {},
+        {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}, "zero_optimization": {"stage": 2}},
+        "bf16.bf16_master_weights_and_grads is not supported",
+    ),
+    "checkpoint writer": (
+        {},
+        {"checkpoint": {"writer": {"type": "python"}}},
+        "checkpoint.writer is not supported",
+    ),
 }
 
 

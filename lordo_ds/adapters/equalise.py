@@ -1,0 +1,37 @@
+"""Makes what no optimizer steps equal on all replicas: frozen parameters and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lordo_ds.dist.checksum import checksum
+from lordo_ds.dist.wire import ReplicaWire
+
+
+@torch.no_grad()
+def equalise_untrained(engine: Any, trained: Collection[nn.Parameter], wire: ReplicaWire) -> None:
+    """Frozen parameters and buffers become those of replica 0, where any differs. Collective over replicas.
+
+    At stage 3 it is the partitions that travel; gathered copies are stale until the next refresh.
+    """
+    if wire.replicas == 1:
+        return
+    frozen = [p for p in engine.module.parameters() if p not in trained]
+    stored = [p.data if getattr(p, "ds_tensor", None) is None else p.ds_tensor.data for p in frozen]
+    tensors = [t for t in [*stored, *engine.module.buffers()] if t.numel()]
+    mine = torch.tensor([checksum(_bytes(t) for t in tensors)], dtype=torch.int64, device=engine.device)
+    sums = wire.gather(mine, "start")
+    if bool((sums == sums[0]).all()):
+        return
+    for tensor in tensors:
+        # As bytes, which every backend and dtype agrees on, through the device that the backend serves.
+        received = wire.broadcast_(_bytes(tensor).to(engine.device), "start")
+        tensor.copy_(received.to(tensor.device).view(tensor.dtype).view(tensor.shape))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1).view(torch.uint8)

@@ -1,0 +1,259 @@
+"""The hook on a DeepSpeed engine: replicas for its data-parallel world, the sync at the end of each step."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from deepspeed.utils import groups as deepspeed_groups
+
+from lordo_ds.adapters import stage0
+from lordo_ds.adapters.checkpoints import keep_replicas_apart
+from lordo_ds.adapters.equalise import equalise_untrained
+from lordo_ds.adapters.patching import replace_method
+from lordo_ds.adapters.support import check_engine
+from lordo_ds.adapters.zero import flat_tensors, gradient_bytes, refresh_low_precision, stepped_tensors_in_groups
+from lordo_ds.core.grouping import model_facts
+from lordo_ds.dist.groups import ReplicaGroups
+from lordo_ds.dist.ledger import reduction_bytes
+from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.optimizer import LoRDO
+from lordo_ds.status import describe_start, sync_events
+
+logger = logging.getLogger("lordo_ds")
+
+DEEPSPEED_VERSION = "DeepSpeed 0.19.8"
+_HOOK = "_lordo_hook"
+_live: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def live_engines() -> list[Any]:
+    """LoRDO engines that still exist in this process."""
+    return list(_live)
+
+
+def hook(engine: Any) -> EngineHook | None:
+    """The hook of a LoRDO engine, or None for an engine with another optimizer."""
+    return getattr(engine, "__dict__", {}).get(_HOOK)
+
+
+class EngineHook:
+    """Binds one DeepSpeed engine to its replicas.
+
+    Every method replaced is one of this engine instance; nothing outside it changes. The sync runs after
+    DeepSpeed's own `_take_model_step`, at every *attempted* step: inside the optimizer's `step()` an fp16
+    overflow on one replica would put it out of step with the others.
+    """
+
+    def __init__(self, engine: Any, groups: ReplicaGroups) -> None:
+        self._engine = weakref.ref(engine)
+        self.groups = groups
+        self.optimizer: LoRDO = engine.basic_optimizer
+        self.row_keys: list[str] = []
+        self._ddp_bytes_per_step = 0
+
+    @classmethod
+    def attach(cls, engine: Any, groups: ReplicaGroups, training_data: Any) -> EngineHook:
+        """Equalise the replicas, allocate the optimizer state, hook the engine, print the layout. Collective."""
+        check_engine(engine, groups)
+        hook = cls(engine, groups)
+        setattr(engine, _HOOK, hook)
+        _live.add(engine)
+        hook._attach_optimizer(engine)
+        hook._replace_methods(engine)
+        if training_data is not None:
+            engine.training_data = training_data
+            engine.training_dataloader = engine.deepspeed_io(training_data)
+        hook._ddp_bytes_per_step = reduction_bytes(gradient_bytes(engine), hook.data_parallel_size)
+        if engine.global_rank == 0:
+            for line in describe_start(hook):
+                logger.info(line)
+        return hook
+
+    def _attach_optimizer(self, engine: Any) -> None:
+        groups, facts = self.groups, model_facts(engine.module)
+        wire = ReplicaWire(groups.replica if groups.layout.replica_count > 1 else None)
+        # At stage 0 every rank of a replica steps whole parameters.
+        sharded = engine.zero_optimization() and groups.layout.replica_size > 1
+        flats = flat_tensors(engine, facts)
+        names = {piece.facts.name for flat in flats for piece in flat.pieces}
+        trained = {parameter for parameter, fact in facts.items() if fact.name in names}
+        left_out = [
+            fact.name for p, fact in facts.items() if p.requires_grad and p not in trained and 0 not in fact.shape
+        ]
+        if left_out:
+            logger.warning(
+                "LoRDO: %d parameters were not given to the optimizer and stay as they are: %s",
+                len(left_out),
+                left_out[0],
+            )
+        equalise_untrained(engine, trained, wire)
+        with stepped_tensors_in_groups(engine):
+            self.optimizer.attach(flats, wire, ShardComm(groups.shard if sharded else None))
+        refresh_low_precision(engine)
+
+    # -- what users and the training script read -----------------------------------------------------
+
+    @property
+    def engine(self) -> Any:
+        engine = self._engine()
+        assert engine is not None
+        return engine
+
+    @property
+    def replicas(self) -> int:
+        return self.groups.layout.replica_count
+
+    @property
+    def replica_index(self) -> int:
+        return self.groups.replica_index
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Data-parallel ranks of all replicas together."""
+        return self.groups.layout.replica_count * self.groups.layout.replica_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.groups.replica_index * self.groups.layout.replica_size + self.groups.shard_index
+
+    @property
+    def synced(self) -> bool:
+        return self.optimizer.synced
+
+    @property
+    def next_sync_in(self) -> int:
+        return self.optimizer.next_sync_in
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this rank sent across replicas since the start of the run."""
+        assert self.optimizer.sync is not None
+        return self.optimizer.sync.wire.ledger.total_bytes
+
+    @property
+    def ddp_bytes_per_step(self) -> int:
+        """Bytes this rank would send per step if the gradients of all ranks were all-reduced."""
+        return self._ddp_bytes_per_step
+
+    def record(self, **values: float) -> None:
+        """Keep numbers of the step just attempted; their averages over replicas come with the next sync.
+
+        Call it once per step with the same names on every rank.
+        """
+        keys = sorted(values)
+        if self.row_keys and keys != self.row_keys:
+            raise ValueError(f"LoRDO: record() got {keys}, earlier {self.row_keys}: give the same names at every step")
+        self.row_keys = keys
+        assert self.optimizer.sync is not None
+        self.optimizer.sync.rows.pending.append([float(values[key]) for key in keys])
+
+    def averaged_rows(self) -> list[dict[str, float]]:
+        """Rows that were averaged since the last call, in the order of their steps."""
+        assert self.optimizer.sync is not None
+        return [dict(zip(self.row_keys, row, strict=True)) for row in self.optimizer.sync.rows.take()]
+
+    def finish(self) -> None:
+        """Sync unless the last step ended in one, so that all replicas hold the same weights. Collective."""
+        if self.optimizer.final_sync():
+            self._after_sync()
+            refresh_low_precision(self.engine)
+
+    # -- the engine's methods ------------------------------------------------------------------------
+
+    def _replace_methods(self, engine: Any) -> None:
+        hook = weakref.proxy(self)
+
+        def with_end_of_attempt(take_step: Any) -> Any:
+            @functools.wraps(take_step)
+            def take_model_step(lr_kwargs: Any) -> Any:
+                loss_scale = stage0.loss_scale(engine)
+                result = take_step(lr_kwargs)
+                if loss_scale is not None and engine._global_grad_norm is not None:
+                    engine._global_grad_norm /= loss_scale
+                hook._end_attempt()
+                return result
+
+            return take_model_step
+
+        def for_all_replicas(io: Any) -> Any:
+            @functools.wraps(io)
+            def deepspeed_io(*args: Any, **kwargs: Any) -> Any:
+                with engine.mpu.over_all_replicas():
+                    return io(*args, **kwargs)
+
+            return deepspeed_io
+
+        def over_all_ranks(set_batch: Any) -> Any:
+            @functools.wraps(set_batch)
+            def set_batch_size(size: int) -> None:
+                with hook._true_data_parallel_size():
+                    set_batch(size)
+
+            return set_batch_size
+
+        def and_forget(destroy: Any) -> Any:
+            @functools.wraps(destroy)
+            def release() -> None:
+                _live.discard(engine)
+                if deepspeed_groups.mpu is engine.mpu:
+                    deepspeed_groups.mpu = None
+                destroy()
+
+            return release
+
+        for name, parameters, make in (
+            ("_take_model_step", ("lr_kwargs",), with_end_of_attempt),
+            ("deepspeed_io", ("dataset", "batch_size"), for_all_replicas),
+            ("set_train_batch_size", ("train_batch_size",), over_all_ranks),
+            ("set_train_micro_batch_size", ("micro_batch_size",), over_all_ranks),
+            ("destroy", (), and_forget),
+            ("offload_states", ("include", "device"), _refuse_offload_states),
+        ):
+            replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
+        keep_replicas_apart(engine, self.replica_index, self.replicas, DEEPSPEED_VERSION)
+        if stage0.loss_scale(engine) is not None:
+            engine.backward = stage0.scaled_backward(engine, engine.backward)
+        engine.clip_fp32_gradients = functools.partial(stage0.clip_fp32_gradients, engine)
+
+    def _end_attempt(self) -> None:
+        # DeepSpeed has moved the schedule if it executed this step.
+        scheduled = self.optimizer.executed_steps + int(self.engine.was_step_applied())
+        if self.optimizer.end_attempt():
+            refresh_low_precision(self.engine)
+        # A replica that skipped steps takes over the schedule of the one that executed most.
+        for _ in range(self.optimizer.executed_steps - scheduled):
+            if self.engine.lr_scheduler is not None:
+                self.engine.lr_scheduler.step()
+        if self.optimizer.synced:
+            self._after_sync()
+
+    def _after_sync(self) -> None:
+        engine = self.engine
+        if engine.monitor.enabled and engine.global_rank == 0:
+            engine.monitor.write_events(sync_events(self, engine.global_samples))
+
+    @contextmanager
+    def _true_data_parallel_size(self) -> Iterator[None]:
+        """Batch sizes are counted over all replicas; DeepSpeed would multiply by the replica's size only."""
+        engine = self.engine
+        engine.dp_world_size, inside = self.data_parallel_size, engine.dp_world_size
+        try:
+            yield
+        finally:
+            engine.dp_world_size = inside
+
+
+def _refuse_offload_states(original: Any) -> Any:
+    @functools.wraps(original)
+    def offload_states(*args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "LoRDO: engine.offload_states() is not supported in this version: use zero_optimization.offload_optimizer"
+        )
+
+    return offload_states

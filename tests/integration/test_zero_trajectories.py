@@ -1,0 +1,120 @@
+"""The equivalence ladder: every ZeRO stage on every replicas x shards layout follows `reference.py`.
+
+The parameters include a matrix that straddles three ranks, one smaller than a shard, rows that no shard count
+divides, and bases on either side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import lordo_ds
+from lordo_ds import LordoConfig
+from lordo_ds.core.grouping import plan_parameters
+from lordo_ds.core.reference import Reference
+from tests import problems
+from tests.engines import make_engine, settings, train_step
+from tests.ranks import run_ranks
+
+pytestmark = [pytest.mark.deepspeed, pytest.mark.distributed]
+
+STEPS = 10
+LAYOUTS = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
+STAGES = (0, 1, 2, 3)
+CASES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "error_feedback": {"error_feedback": "fp32", "qh_mode": "factored", "outer": {"lr": 0.7, "momentum": 0.7}},
+}
+
+
+def fragments_of(engine: Any) -> dict[str, tuple[int, torch.Tensor]]:
+    """Name -> (where this rank's elements start in the parameter, their full-precision values)."""
+    hook = lordo_ds.hook(engine)
+    assert hook is not None and hook.optimizer.sync is not None
+    comm = hook.optimizer.sync.shard
+    return {i.plan.name: (i.intervals[comm.index][0], i.weight.clone()) for i in hook.optimizer.sync.items}
+
+
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **keys}}
+
+
+def ladder(shards: int, stage: int, case: dict[str, Any], dtype: str = "fp32", **zero_keys: Any) -> dict[str, Any]:
+    """Largest distance to the reference, relative to each parameter's largest weight, and a digest of the low-precision weights after every step."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    config = settings(dtype, {**case, "replica_size": shards}, **zero(stage, **zero_keys))
+    engine = make_engine(config)
+    parsed = LordoConfig.parse(config["optimizer"]["params"])
+    start = [problems.initial_weights(torch.float32) for _ in range(world // shards)]
+    reference = Reference(parsed, plan_parameters(parsed, problems.facts()), start)
+    worst, digests = 0.0, []
+    for step in range(1, STEPS + 1):
+        train_step(engine, step)
+        each = [problems.gradients(step, r, torch.float32) for r in range(world)]
+        replicas = [each[m : m + shards] for m in range(0, world, shards)]
+        reference.step([{n: torch.stack([g[n] for g in gs]).mean(0) for n in gs[0]} for gs in replicas])
+        for name, (at, found) in fragments_of(engine).items():
+            whole = reference.weights[rank // shards][name].flatten()
+            off = (found - whole[at : at + found.numel()]).abs()
+            worst = max(worst, float(off.max() / whole.abs().max()) if found.numel() else 0.0)
+        digests.append(low_precision_digest(engine))
+    return {"worst": worst, "digests": digests, "status": lordo_ds.status(engine)}
+
+
+def low_precision_digest(engine: Any) -> list[float]:
+    """Sums of the parameters that the next forward pass will use, whole on every rank."""
+    import deepspeed
+
+    parameters = list(engine.module.parameters())
+    if hasattr(parameters[0], "ds_id"):
+        with deepspeed.zero.GatheredParameters(parameters):
+            return [float(p.detach().double().sum()) for p in parameters]
+    return [float(p.detach().double().sum()) for p in parameters]
+
+
+def all_stages(shards: int) -> dict[str, dict[str, Any]]:
+    torch.set_num_threads(1)
+    return {f"{name} stage {stage}": ladder(shards, stage, case) for name, case in CASES.items() for stage in STAGES}
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+def test_every_zero_stage_follows_the_reference(replicas: int, shards: int) -> None:
+    found = run_ranks(all_stages, replicas * shards, shards, timeout_s=240)
+    for case in found[0]:
+        for rank, each in enumerate(found):
+            assert each[case]["worst"] < 1e-5, f"{case} on rank {rank}: {each[case]['worst']:.1e}"
+        digests = [each[case]["digests"] for each in found]
+        for step in range(STEPS):
+            now = [digest[step] for digest in digests]
+            for m in range(0, replicas * shards, shards):
+                assert all(digest == now[m] for digest in now[m : m + shards]), f"{case}: unequal inside a replica"
+            synced = (step + 1) % 3 == 0
+            assert (len({tuple(digest) for digest in now}) == 1) == (synced or replicas == 1), f"{case} step {step + 1}"
+
+
+OPTIONS: dict[str, tuple[int, str, dict[str, Any]]] = {
+    "round robin": (1, "fp32", {"round_robin_gradients": True}),
+    "round robin stage 2": (2, "fp32", {"round_robin_gradients": True}),
+    "sub-groups": (3, "fp32", {"sub_group_size": 100}),
+    "persistent parameters": (3, "fp32", {"stage3_param_persistence_threshold": 100}),
+    "offload stage 2": (2, "fp32", {"offload_optimizer": {"device": "cpu", "pin_memory": False}}),
+    "offload stage 3": (3, "fp32", {"offload_optimizer": {"device": "cpu", "pin_memory": False}}),
+    **{f"{dtype} stage {stage}": (stage, dtype, {}) for dtype in ("bf16", "fp16") for stage in STAGES},
+}
+
+
+def all_options() -> dict[str, float]:
+    torch.set_num_threads(1)
+    return {name: ladder(2, stage, {}, dtype, **keys)["worst"] for name, (stage, dtype, keys) in OPTIONS.items()}
+
+
+def test_zero_options_and_precisions_follow_the_reference() -> None:
+    """bf16 and fp16 round each gradient (2^-9, 2^-11 of it); over ten steps of lr 1e-2 with updates of order 1
+    that moves a weight by well under 2e-3."""
+    for found in run_ranks(all_options, 2, timeout_s=240):
+        for name, worst in found.items():
+            assert worst < (2e-3 if name.startswith(("bf16", "fp16")) else 1e-5), f"{name}: {worst:.1e}"
