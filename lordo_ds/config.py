@@ -7,6 +7,7 @@ legal value.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -50,7 +51,9 @@ class LowRankSelection(_Block):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"a list of regular expressions ({pattern!r}: {error})") from None
+                raise ValueError(
+                    f"a list of regular expressions; {pattern!r}: {error} (nearest: {json.dumps([re.escape(pattern)])})"
+                ) from None
         return patterns
 
 
@@ -143,7 +146,7 @@ class LordoConfig(_Block):
     def _no_integers(cls, value: Any) -> Any:
         if value is False or value in ("bf16", "fp32"):
             return value
-        raise ValueError('false, "bf16" or "fp32"' + (' (nearest: "fp32")' if value else " (nearest: false)"))
+        raise ValueError('false, "bf16" or "fp32"')
 
     @field_validator("rank")
     @classmethod
@@ -207,13 +210,14 @@ def nearest_name(name: str, legal: list[str]) -> str:
 
 
 # Keys whose values have several legal forms: one rule for all of them, with a legal example.
-_FORMS = {
-    "rank": ('must be a whole number >= 1 or a fraction of the smaller side such as "1/8"', '"1/8"'),
-    "replica_size": ('must be a whole number >= 1, "node" or "all"', "1"),
-    "moment_sync_interval": ('must be a multiple of sync_interval, a pair of them, or "never"', '"never"'),
-    "betas": ("must be two numbers, each >= 0 and < 1", "[0.9, 0.999]"),
-    "low_rank.include": ("must be a list of regular expressions", '[".*"]'),
-    "low_rank.exclude": ("must be a list of regular expressions", '[".*"]'),
+_FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rank": ('must be a whole number >= 1 or a fraction of the smaller side such as "1/8"', ('"1/8"',)),
+    "replica_size": ('must be a whole number >= 1, "node" or "all"', ('"node"', '"all"', "1")),
+    "moment_sync_interval": ('must be a multiple of sync_interval, a pair of them, or "never"', ('"never"',)),
+    "betas": ("must be two numbers, each >= 0 and < 1", ("[0.9, 0.999]",)),
+    "error_feedback": ('must be false, "bf16" or "fp32"', ('"bf16"', '"fp32"', "false")),
+    "low_rank.include": ("must be a list of regular expressions", ('[".*"]',)),
+    "low_rank.exclude": ("must be a list of regular expressions", ('[".*"]',)),
 }
 _BRANCHES = {"int", "str", "constrained-int", "constrained-str", "tuple"}
 
@@ -231,16 +235,35 @@ def _one_line(error: ValidationError) -> str:
             block = LordoConfig.model_fields[str(part)].annotation
         nearest = nearest_name(str(path[-1]), list(block.model_fields))
         return f'{where} is not a known key: did you mean "{nearest}"?'
-    if kind == "value_error":
+    if kind == "value_error" and key != "error_feedback":
         message = str(context["error"])
         if not key:
             return f"LoRDO: optimizer.params: {message}"
         return f"{where} = {value!r} must be {message}"
     form = _FORMS.get(".".join(str(part) for part in path if isinstance(part, str)))
     if form and kind not in ("greater_than_equal", "less_than_equal"):
-        return f"{where} = {value!r} {form[0]} (nearest: {form[1]})"
-    rule, nearest = _rule(kind, context, value, complaint["msg"])
-    return f"{where} = {value!r} {rule}" + (f" (nearest: {nearest})" if nearest else "")
+        rule, legal = form
+        nearest = _alike(value, legal) or ('"fp32"' if value is True and key == "error_feedback" else legal[-1])
+    else:
+        rule, nearest = _rule(kind, context, value, complaint["msg"])
+        nearest = nearest or _default(path)
+    return f"{where} = {value!r} {rule} (nearest: {nearest})"
+
+
+def _alike(value: Any, legal: tuple[str, ...]) -> str:
+    """The legal spelling that a misspelt string was probably meant to be."""
+    names = [choice.strip('"') for choice in legal if choice.startswith('"')]
+    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
+    return f'"{close[0]}"' if close else ""
+
+
+def _default(path: list[Any]) -> str:
+    """The default of a key, as JSON: the nearest legal value of one that is of another kind altogether."""
+    block: Any = LordoConfig()
+    for part in path:
+        if isinstance(part, str):
+            block = getattr(block, part)
+    return json.dumps(block.model_dump(mode="json") if isinstance(block, BaseModel) else block)
 
 
 def _is_branch(part: Any) -> bool:

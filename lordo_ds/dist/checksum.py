@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 _CHUNK = 1 << 20
-_WEIGHT_STEP = 0x9E3779B97F4A7C15 - (1 << 64)  # odd; sums wrap modulo 2^64
+# Odd 64-bit constants of the splitmix64 finaliser; products wrap modulo 2^64.
+_POSITION = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
 _COMBINE = 1_000_003
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """A position-weighted 64-bit sum over the bit patterns of all tensors, in order."""
+    """A 64-bit sum of hashes of (bit pattern, position) over all tensors, in order."""
     total: Tensor | None = None
     for tensor in tensors:
         part = _tensor_checksum(tensor.detach())
@@ -28,6 +31,13 @@ def _tensor_checksum(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
     for start in range(0, bits.numel(), _CHUNK):
         chunk = bits[start : start + _CHUNK].to(torch.int64)
-        weights = torch.arange(start, start + chunk.numel(), dtype=torch.int64, device=flat.device)
-        total += (chunk * (weights * _WEIGHT_STEP + 1)).sum()
+        positions = torch.arange(start, start + chunk.numel(), dtype=torch.int64, device=flat.device)
+        total += _mix(chunk + positions * _POSITION).sum()
     return total
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Every bit of the input moves about half the bits of the output (splitmix64)."""
+    bits = (bits ^ (bits >> 30)) * _MIX_1
+    bits = (bits ^ (bits >> 27)) * _MIX_2
+    return bits ^ (bits >> 31)

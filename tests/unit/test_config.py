@@ -1,0 +1,310 @@
+"""The settings block: defaults and presets of the contract, and one helpful line for everything illegal."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from lordo_ds.config import PRESETS, ConfigError, LordoConfig, OuterOptimizer
+
+NAN, INF = float("nan"), float("inf")
+
+# What is illegal, the key that the message must name, and the value that it must show.
+ILLEGAL: list[tuple[dict[str, Any], str, Any]] = [
+    ({"lr": -1}, "lr", -1),
+    ({"lr": "auto"}, "lr", "auto"),
+    ({"lr": None}, "lr", None),
+    ({"lr": NAN}, "lr", NAN),
+    ({"lr": INF}, "lr", INF),
+    ({"lr": "1e-3\n2"}, "lr", "1e-3\n2"),
+    ({"betas": [0.9]}, "betas", [0.9]),
+    ({"betas": [0.9, 0.99, 0.999]}, "betas", [0.9, 0.99, 0.999]),
+    ({"betas": 0.9}, "betas", 0.9),
+    ({"betas": [0.9, 1.0]}, "betas", 1.0),
+    ({"betas": [-0.1, 0.9]}, "betas", -0.1),
+    ({"eps": -1e-8}, "eps", -1e-8),
+    ({"eps": INF}, "eps", INF),
+    ({"weight_decay": -0.1}, "weight_decay", -0.1),
+    ({"weight_decay": "x"}, "weight_decay", "x"),
+    ({"rank": 0}, "rank", 0),
+    ({"rank": -3}, "rank", -3),
+    ({"rank": 2.5}, "rank", 2.5),
+    ({"rank": True}, "rank", True),
+    ({"rank": None}, "rank", None),
+    ({"rank": "0/8"}, "rank", "0/8"),
+    ({"rank": "9/8"}, "rank", "9/8"),
+    ({"rank": "1/0"}, "rank", "1/0"),
+    ({"rank": "0.5"}, "rank", "0.5"),
+    ({"rank": "abc"}, "rank", "abc"),
+    ({"sync_interval": 0}, "sync_interval", 0),
+    ({"sync_interval": 1.5}, "sync_interval", 1.5),
+    ({"sync_interval": "32"}, "sync_interval", "32"),
+    ({"sync_interval": True}, "sync_interval", True),
+    ({"moment_sync_interval": 33}, "moment_sync_interval", 33),
+    ({"moment_sync_interval": 0}, "moment_sync_interval", 0),
+    ({"moment_sync_interval": -32}, "moment_sync_interval", -32),
+    ({"moment_sync_interval": [32, 40]}, "moment_sync_interval", 40),
+    ({"moment_sync_interval": [32]}, "moment_sync_interval", [32]),
+    ({"moment_sync_interval": "always"}, "moment_sync_interval", "always"),
+    ({"replica_size": 0}, "replica_size", 0),
+    ({"replica_size": 1.5}, "replica_size", 1.5),
+    ({"replica_size": "nod"}, "replica_size", "nod"),
+    ({"projection": "globl"}, "projection", "globl"),
+    ({"preset": "papr"}, "preset", "papr"),
+    ({"preset": 3}, "preset", 3),
+    ({"preset": ["paper"]}, "preset", ["paper"]),
+    ({"qh_mode": "full"}, "qh_mode", "full"),
+    ({"omega": 1.5}, "omega", 1.5),
+    ({"omega": -0.1}, "omega", -0.1),
+    ({"omega": NAN}, "omega", NAN),
+    ({"omega": "high"}, "omega", "high"),
+    ({"error_feedback": True}, "error_feedback", True),
+    ({"error_feedback": "fp16"}, "error_feedback", "fp16"),
+    ({"error_feedback": None}, "error_feedback", None),
+    ({"error_feedback": 0}, "error_feedback", 0),
+    ({"basis_source": "complment"}, "basis_source", "complment"),
+    ({"basis_source": "complement", "qh_mode": "none"}, "basis_source", "complement"),
+    ({"basis_source": "complement", "qh_mode": "low_rank"}, "basis_source", "complement"),
+    ({"basis_update": "qr"}, "basis_update", "qr"),
+    ({"average_dense_moments": "yes"}, "average_dense_moments", "yes"),
+    ({"average_dense_moments": 1}, "average_dense_moments", 1),
+    ({"low_rank": True}, "low_rank", True),
+    ({"low_rank": {"include": "foo"}}, "low_rank.include", "foo"),
+    ({"low_rank": {"include": ["("]}}, "low_rank.include", ["("]),
+    ({"low_rank": {"exclude": [3]}}, "low_rank.exclude", 3),
+    ({"outer": "nesterov"}, "outer", "nesterov"),
+    ({"outer": {"lr": 0}}, "outer.lr", 0),
+    ({"outer": {"lr": INF}}, "outer.lr", INF),
+    ({"outer": {"momentum": 1.0}}, "outer.momentum", 1.0),
+    ({"outer": {"momentum": -0.5}}, "outer.momentum", -0.5),
+    ({"outer": {"momentum": NAN}}, "outer.momentum", NAN),
+    ({"outer": {"nesterov": "y"}}, "outer.nesterov", "y"),
+    ({"pseudo_gradient_dtype": "fp16"}, "pseudo_gradient_dtype", "fp16"),
+    ({"pseudo_gradient_dtype": "int8"}, "pseudo_gradient_dtype", "int8"),
+    ({"pseudo_gradient_dtype": "int4"}, "pseudo_gradient_dtype", "int4"),
+    ({"anchor": "cpu"}, "anchor", "cpu"),
+    ({"anchor": {"device": "gpu"}}, "anchor.device", "gpu"),
+    ({"anchor": {"dtype": "fp16"}}, "anchor.dtype", "fp16"),
+    ({"streaming": {"fragments": 0}}, "streaming.fragments", 0),
+    ({"streaming": {"delay_steps": -1}}, "streaming.delay_steps", -1),
+    ({"sync_warmup_steps": -1}, "sync_warmup_steps", -1),
+    ({"sync_warmup_steps": 1.5}, "sync_warmup_steps", 1.5),
+    ({"max_nonfinite_syncs": 0}, "max_nonfinite_syncs", 0),
+]
+
+
+def complaint(params: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        LordoConfig.parse(params)
+    return str(caught.value)
+
+
+def replaced(params: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The settings with the nearest legal value that the message names in place of the illegal one."""
+    outer, _, inner = key.partition(".")
+    if inner:
+        return {**params, outer: {**params[outer], inner: value}}
+    if key == "moment_sync_interval" and isinstance(params[key], list) and isinstance(value, int):
+        return {**params, key: [params[key][0], value]}
+    if key == "betas" and isinstance(value, float):
+        return {**params, key: [value, 0.9]}
+    return {**params, key: value}
+
+
+def ids(case: Any) -> str | None:
+    return repr(case)[:60] if isinstance(case, dict) else None
+
+
+@pytest.mark.parametrize(("params", "key", "value"), ILLEGAL, ids=ids)
+def test_an_illegal_value_is_answered_in_one_line_with_key_value_rule_and_a_nearest_value_that_is_legal(
+    params: dict[str, Any], key: str, value: Any
+) -> None:
+    message = complaint(params)
+    assert "\n" not in message
+    assert "optimizer.params" in message and key in message
+    shown = (repr(value), json.dumps(value))
+    assert any(form in message for form in shown), message
+    assert re.search(r"must be|is not legal|not available|needs", message), message
+    nearest = re.search(r"\(nearest: (.+)\)$", message)
+    assert nearest, f"no nearest legal value: {message}"
+    legal = nearest[1] if key == "basis_source" else json.loads(nearest[1])
+    if key == "basis_source" and "qh_mode" in params:  # this message names the value of the other key
+        LordoConfig.parse({**params, "qh_mode": json.loads(nearest[1])})
+    elif key == "basis_source":
+        LordoConfig.parse({key: json.loads(legal)})
+    else:
+        LordoConfig.parse(replaced(params, key, legal))
+
+
+@pytest.mark.parametrize(
+    ("params", "nearest"),
+    [
+        ({"omega": 1.5}, "1.0"),
+        ({"rank": 0}, "1"),
+        ({"moment_sync_interval": 33}, "32"),
+        ({"moment_sync_interval": 50}, "64"),
+        ({"moment_sync_interval": 3}, "32"),
+        ({"sync_interval": 1.4}, "1"),
+        ({"qh_mode": "facored"}, '"factored"'),
+        ({"basis_update": "pwoer"}, '"power"'),
+        ({"projection": "glob"}, '"global"'),
+        ({"preset": "recomended"}, '"recommended"'),
+        ({"error_feedback": True}, '"fp32"'),
+        ({"error_feedback": "bf61"}, '"bf16"'),
+        ({"replica_size": "nodes"}, '"node"'),
+        ({"pseudo_gradient_dtype": "int8"}, '"bf16"'),
+    ],
+    ids=ids,
+)
+def test_the_nearest_legal_value_is_the_one_that_was_probably_meant(params: dict[str, Any], nearest: str) -> None:
+    assert complaint(params).endswith(f"(nearest: {nearest})")
+
+
+@pytest.mark.parametrize(
+    ("params", "unknown", "meant"),
+    [
+        ({"qhmode": "none"}, "qhmode", "qh_mode"),
+        ({"omga": 0.5}, "omga", "omega"),
+        ({"sync_intervals": 4}, "sync_intervals", "sync_interval"),
+        ({"error_feeback": False}, "error_feeback", "error_feedback"),
+        ({"outer": {"momentun": 0.5}}, "outer.momentun", "momentum"),
+        ({"low_rank": {"excludes": []}}, "low_rank.excludes", "exclude"),
+        ({"anchor": {"devise": "cpu"}}, "anchor.devise", "device"),
+        ({"streaming": {"fragment": 1}}, "streaming.fragment", "fragments"),
+    ],
+    ids=ids,
+)
+def test_an_unknown_key_is_answered_in_one_line_with_the_key_that_was_meant(
+    params: dict[str, Any], unknown: str, meant: str
+) -> None:
+    message = complaint(params)
+    assert f"optimizer.params.{unknown} is not a known key" in message
+    assert f'did you mean "{meant}"?' in message and "\n" not in message
+
+
+def test_what_is_not_available_yet_is_refused_by_name() -> None:
+    assert "streaming is not available" in complaint({"streaming": {"fragments": 2}})
+    assert "streaming is not available" in complaint({"streaming": {"delay_steps": 1}})
+    assert 'pseudo_gradient_dtype = "int8" is not available' in complaint({"pseudo_gradient_dtype": "int8"})
+    LordoConfig.parse({"streaming": {"fragments": 1, "delay_steps": 0}})
+
+
+# -- defaults, presets, forms --------------------------------------------------------------------------
+
+
+def test_the_defaults_are_those_of_the_contract() -> None:
+    config = LordoConfig.parse({})
+    expected = {
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "rank": 128,
+        "sync_interval": 32,
+        "moment_sync_intervals": (32, 32),
+        "replica_size": 1,
+        "projection": "global",
+        "preset": "paper",
+        "qh_mode": "full_rank",
+        "omega": 0.5,
+        "error_feedback": False,
+        "basis_source": "pseudo_gradient",
+        "basis_update": "power",
+        "average_dense_moments": False,
+        "pseudo_gradient_dtype": "fp32",
+        "sync_warmup_steps": 0,
+    }
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert config.outer.is_plain_average and config.anchor.dtype == "fp32"
+
+
+def test_the_presets_set_their_keys_and_keys_beside_a_preset_win() -> None:
+    recommended = LordoConfig.parse({"preset": "recommended"})
+    assert (recommended.qh_mode, recommended.omega) == ("factored", 0.5)
+    assert recommended.outer == OuterOptimizer(lr=0.7, momentum=0.7, nesterov=True)
+    own = LordoConfig.parse({"preset": "recommended", "qh_mode": "none", "outer": {"lr": 0.5}, "rank": 3})
+    assert (own.qh_mode, own.rank, own.preset) == ("none", 3, "recommended")
+    assert own.outer == OuterOptimizer(lr=0.5)  # a block is given whole, not merged key by key
+    assert LordoConfig.parse({"preset": "paper"}) == LordoConfig.parse({})
+    assert set(PRESETS) == {"paper", "recommended"}
+
+
+def test_an_illegal_key_beside_a_preset_is_named_not_the_presets() -> None:
+    assert "omega = 2" in complaint({"preset": "recommended", "omega": 2})
+
+
+def test_parsing_leaves_the_given_block_alone() -> None:
+    params = {"preset": "recommended", "outer": {"lr": 0.5}}
+    LordoConfig.parse(params)
+    assert params == {"preset": "recommended", "outer": {"lr": 0.5}}
+    assert PRESETS["recommended"]["outer"] == {"lr": 0.7, "momentum": 0.7, "nesterov": True}
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [(None, (8, 8)), (16, (16, 16)), ([8, 24], (8, 24)), ((24, 8), (24, 8)), ("never", (0, 0))],
+)
+def test_moment_intervals_have_four_forms(interval: Any, expected: tuple[int, int]) -> None:
+    config = LordoConfig.parse({"sync_interval": 8, "moment_sync_interval": interval})
+    assert config.moment_sync_intervals == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "side", "expected"),
+    [(128, 64, 64), (8, 64, 8), ("1/8", 64, 8), ("1/8", 7, 1), ("1/8", 20, 2), ("1/1", 5, 5), ("3/4", 10, 7)],
+)
+def test_the_rank_is_a_number_or_a_fraction_of_the_side_and_never_zero(
+    rank: int | str, side: int, expected: int
+) -> None:
+    assert LordoConfig.parse({"rank": rank}).rank_for(side) == expected
+
+
+@pytest.mark.parametrize("value", [1, 4, "node", "all"])
+def test_a_replica_is_a_number_of_ranks_or_a_node_or_all(value: int | str) -> None:
+    assert LordoConfig.parse({"replica_size": value}).replica_size == value
+
+
+@pytest.mark.parametrize("value", [False, "bf16", "fp32"])
+def test_error_feedback_is_off_or_a_precision(value: Any) -> None:
+    assert LordoConfig.parse({"error_feedback": value}).error_feedback == value
+
+
+@pytest.mark.parametrize(
+    ("outer", "plain"),
+    [
+        ({}, True),
+        ({"nesterov": False}, True),
+        ({"lr": 0.5}, False),
+        ({"momentum": 0.1}, False),
+        ({"lr": 1.0, "momentum": 0.0}, True),
+    ],
+)
+def test_plain_averaging_is_an_outer_step_of_one_without_momentum(outer: dict[str, Any], plain: bool) -> None:
+    assert LordoConfig.parse({"outer": outer}).outer.is_plain_average == plain
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"preset": "recommended"},
+        {"moment_sync_interval": [32, 64], "rank": "1/8", "error_feedback": "bf16"},
+        {"low_rank": {"include": ["a"], "exclude": ["b"]}, "anchor": {"device": "cpu", "dtype": "bf16"}},
+    ],
+    ids=ids,
+)
+def test_settings_survive_json(params: dict[str, Any]) -> None:
+    config = LordoConfig.parse(params)
+    assert LordoConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    config = LordoConfig.parse({})
+    with pytest.raises(ValidationError):
+        config.omega = 0.9  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        config.outer.lr = 0.9  # type: ignore[misc]
