@@ -27,6 +27,7 @@ from lordo_ds.dist.wire import ReplicaWire
 logger = logging.getLogger("lordo_ds")
 
 STATE_FORMAT = 1
+_SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Elements of matrices stepped together: bounds the coordinates that exist at one time.
 STEP_BUCKET_NUMEL = 1 << 26
@@ -75,15 +76,14 @@ class LoRDO(torch.optim.Optimizer):
             wire: the replica group.
             shard: the group that shards this replica.
         """
-        group_of = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        group_of = {tensor: group for group in self.param_groups for tensor in group["params"]}
         pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
         self.plans = plan_parameters(self.config, [piece.facts for _, piece in pieces])
         fragments = []
         for (flat, piece), plan in zip(pieces, self.plans, strict=True):
             self._check_tensor(flat.tensor, plan)
             state = self.state[flat.tensor].setdefault(plan.name, {})
-            betas = tuple(group_of[flat.tensor]["betas"]) if flat.tensor in group_of else self.config.betas
-            fragment = Fragment(plan, flat.tensor, piece.offset, piece.intervals, shard, state, betas)
+            fragment = Fragment(plan, flat.tensor, piece.offset, piece.intervals, shard, state, group_of[flat.tensor])
             fragment.allocate(self.config)
             fragments.append(fragment)
             self._fragments.setdefault(flat.tensor, []).append(fragment)
@@ -250,7 +250,7 @@ class LoRDO(torch.optim.Optimizer):
             Whether weights changed.
         """
         assert self.sync is not None, "final_sync() needs at least one step"
-        if self.attempted_steps == 0 or sync_plan(self.config, self.attempted_steps).due:
+        if self.attempted_steps == self.sync.last_synced_step:
             self.sync.flush_rows()
             return False
         plan = final_plan(self.config, self.attempted_steps)
@@ -260,7 +260,7 @@ class LoRDO(torch.optim.Optimizer):
     @property
     def synced(self) -> bool:
         """Whether the last attempted step ended in a sync."""
-        return self.attempted_steps > 0 and sync_plan(self.config, self.attempted_steps).due
+        return self.sync is not None and 0 < self.attempted_steps == self.sync.last_synced_step
 
     @property
     def next_sync_in(self) -> int:
@@ -283,8 +283,7 @@ class LoRDO(torch.optim.Optimizer):
             "names": [plan.name for plan in self.plans],
             "attempted_steps": self.attempted_steps,
             "executed_steps": self.executed_steps,
-            "syncs": self.sync.syncs if self.sync else 0,
-            "nonfinite_syncs": self.sync.nonfinite_syncs if self.sync else 0,
+            **{name: getattr(self.sync, name) if self.sync else 0 for name in _SYNC_COUNTERS},
             "bytes_sent": self.sync.wire.ledger.state_dict() if self.sync else {},
             "rows": [list(row) for row in self.sync.rows.pending] if self.sync else [],
         }
@@ -310,7 +309,8 @@ class LoRDO(torch.optim.Optimizer):
             )
         if ours["format"] != STATE_FORMAT:
             raise ValueError(
-                f"LoRDO: optimizer state format {ours['format']} is not {STATE_FORMAT}: load it with the version that saved it"
+                f"LoRDO: optimizer state format {ours['format']} is not {STATE_FORMAT}: "
+                "load it with the version that saved it"
             )
         if self.sync is None:
             if self.managed:
@@ -324,34 +324,48 @@ class LoRDO(torch.optim.Optimizer):
                 f"LoRDO: the saved state holds {len(ours['names'])} parameters, this model {len(names)}; "
                 f"first difference: {odd[0]!r} against {odd[1]!r}"
             )
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
         # Indices count the tensors in the order of the groups, as torch's `state_dict` does.
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        for index, tensor in enumerate(tensors):
-            saved_tensor = state_dict["state"].get(index, {})
-            for fragment in self._fragments[tensor]:
-                _load_fragment(fragment, saved_tensor.get(fragment.plan.name, {}))
+        pairs = [
+            (fragment, state_dict["state"].get(index, {}).get(fragment.plan.name, {}))
+            for index, tensor in enumerate(tensors)
+            for fragment in self._fragments[tensor]
+        ]
+        if ours["names"]:  # a state saved before the first step has nothing but its settings
+            for fragment, saved in pairs:
+                _check_saved(fragment, saved)
+            for fragment, saved in pairs:
+                _load_fragment(fragment, saved)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved_group.items() if key != "params"})
         self.attempted_steps, self.executed_steps = ours["attempted_steps"], ours["executed_steps"]
-        self.sync.syncs, self.sync.nonfinite_syncs = ours["syncs"], ours["nonfinite_syncs"]
+        for name in _SYNC_COUNTERS:
+            setattr(self.sync, name, ours[name])
         self.sync.wire.ledger.load_state_dict(ours["bytes_sent"])
         self.sync.rows.pending = [list(row) for row in ours["rows"]]
 
 
-def _load_fragment(fragment: Fragment, saved: dict[str, Any]) -> None:
-    """Copy saved tensors into the allocated ones; what is missing or does not fit is refused by name."""
+def _check_saved(fragment: Fragment, saved: dict[str, Any]) -> None:
+    """Refuse by name what is missing, surplus or of another shape or dtype; nothing is changed before that."""
     name = fragment.plan.name
+    for key in sorted(fragment.state.keys() ^ saved.keys()):
+        where = "no" if key in fragment.state else "a surplus"
+        raise ValueError(f"LoRDO: the saved state of {name} has {where} {key!r}: was it saved with other settings?")
     for key, current in fragment.state.items():
-        if key not in saved:
-            raise ValueError(f"LoRDO: the saved state of {name} has no {key!r}: was it saved with other settings?")
         value = saved[key]
         if not isinstance(current, Tensor):
-            fragment.state[key] = value
-        elif not isinstance(value, Tensor) or value.shape != current.shape or value.dtype != current.dtype:
+            continue
+        if not isinstance(value, Tensor) or value.shape != current.shape or value.dtype != current.dtype:
             found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"LoRDO: {key!r} of {name} is {found} in the saved state and "
                 f"{tuple(current.shape)} {current.dtype} here"
             )
+
+
+def _load_fragment(fragment: Fragment, saved: dict[str, Any]) -> None:
+    for key, current in fragment.state.items():
+        if isinstance(current, Tensor):
+            current.copy_(saved[key])
         else:
-            current.copy_(value)
+            fragment.state[key] = saved[key]

@@ -227,9 +227,13 @@ def _identity_columns(left: LeftMatrix, rank: int) -> Tensor:
 
 
 def _fix_signs(basis: Tensor, previous: Tensor | None) -> Tensor:
-    """Resolve the sign that a decomposition leaves open: towards the previous basis, else largest entry > 0."""
+    """Resolve the sign that a decomposition leaves open: towards the previous column, else largest entry > 0.
+
+    A column orthogonal to its predecessor has no direction towards it but rounding noise.
+    """
+    largest = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
+    direction = largest
     if previous is not None:
-        direction = (basis * previous).sum(dim=-2)
-    else:
-        direction = basis.gather(-2, basis.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
+        cosine = (basis * previous).sum(dim=-2)
+        direction = torch.where(cosine.abs() > 1e-2, cosine, largest)
     return (basis * torch.where(direction < 0, -1.0, 1.0)).contiguous()

@@ -42,27 +42,29 @@ class Reference:
         """One attempted step on every replica, and the sync that it ends in if one is due."""
         self.n += 1
         plan = sync_plan(self.config, self.n)
-        executed = [m for m in range(self.M) if gradients[m] is not None]
+        executed = {m: G for m, G in enumerate(gradients) if G is not None}
+        low_rank = [p.name for p in self.plans if p.low_rank]
+        finite = [m for m, G in executed.items() if all(bool(torch.isfinite(G[name]).all()) for name in low_rank)]
         for p in self.plans:
-            if p.low_rank and executed:
-                self._bases_before(p, plan, [gradients[m][p.name] if m in executed else None for m in range(self.M)])  # type: ignore[index]
-            for m in executed:
-                lr_m = self.config.lr if lr is None else lr
-                self._inner(p, self.weights[m][p.name], gradients[m][p.name], self.state[m][p.name], lr_m)  # type: ignore[index]
+            if p.low_rank:
+                self._bases_before(p, plan, {m: G[p.name] for m, G in executed.items()}, finite)
+            for m, G in executed.items():
+                if not p.low_rank or self.state[m][p.name]["Q"] is not None:
+                    self._inner(p, self.weights[m][p.name], G[p.name], self.state[m][p.name], lr or self.config.lr)
         if plan.due:
             self._sync(plan, gradients)
         return plan
 
-    def _bases_before(self, p: ParameterPlan, plan: SyncPlan, gradients: list[Tensor | None]) -> None:
+    def _bases_before(self, p: ParameterPlan, plan: SyncPlan, gradients: dict[int, Tensor], finite: list[int]) -> None:
         """First bases, and those that a replica refreshes inside a due step from its own A = G + E."""
         refresh = self.config.basis_source == "gradient" and self.own_basis and plan.refresh_basis
-        if not self.own_basis and self.state[0][p.name]["Q"] is None:
-            mean = torch.stack([p.orient(G) for G in gradients if G is not None]).mean(0)
+        if not self.own_basis and self.state[0][p.name]["Q"] is None and finite:
+            mean = torch.stack([p.orient(gradients[m]) for m in finite]).mean(0)
             for m in range(self.M):
                 self._refresh(p, self.state[m][p.name], mean)
-        for m, G in enumerate(gradients):
+        for m, G in gradients.items():
             S = self.state[m][p.name]
-            if self.own_basis and G is not None and (S["Q"] is None or refresh):
+            if self.own_basis and (S["Q"] is None or refresh):
                 self._refresh(p, S, p.orient(G) + (S["E"] if self.config.error_feedback else 0))
 
     def _refresh(self, p: ParameterPlan, S: dict[str, Any], D: Tensor) -> None:
@@ -115,7 +117,9 @@ class Reference:
 
     def _sync(self, plan: SyncPlan, gradients: list[dict[str, Tensor] | None]) -> None:
         """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
-        finite = [m for m in range(self.M) if self._is_finite(m)]
+        # One replica with plain averaging keeps no anchor to return to.
+        alone = self.M == 1 and self.config.outer.is_plain_average
+        finite = [m for m in range(self.M) if alone or self._is_finite(m)]
         for p in self.plans:
             if not finite:  # nobody to learn from: back to the anchor, with fresh moments in the old basis
                 for m in range(self.M):

@@ -58,9 +58,9 @@ class Fragment:
         intervals: tuple[Interval, ...],
         comm: ShardComm,
         state: dict[str, Any],
-        betas: tuple[float, float],
+        group: dict[str, Any],
     ) -> None:
-        self.plan, self.comm, self.state, self.betas = plan, comm, state, betas
+        self.plan, self.comm, self.state, self.group = plan, comm, state, group
         self._tensor, self._offset = tensor, offset
         start, stop = intervals[comm.index]
         self.numel = stop - start
@@ -77,6 +77,12 @@ class Fragment:
             self.tiles = tuple(self._orient(tile) for tile in self.shards.tiles(comm.index))
 
     # -- elements ------------------------------------------------------------------------------------
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of its parameter group, where schedules and loaded states may change them."""
+        first, second = self.group["betas"]
+        return float(first), float(second)
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """This fragment's elements of a tensor laid out like the one that is stepped: (numel,)."""

@@ -56,6 +56,7 @@ class OuterSync:
         self.syncs = 0
         self.nonfinite_syncs = 0
         self.left_out_syncs = 0
+        self.last_synced_step = 0
         self.last_report: SyncReport | None = None
         self.rows = RowAverager()
         self._told: set[tuple[str, str]] = set()
@@ -193,13 +194,16 @@ class OuterSync:
             norms = (0.0, 0.0)
             self._return_to_anchor(report)
         self.syncs += 1
+        self.last_synced_step = step
         self._finish(plan, report, norms)
         report.seconds = time.perf_counter() - began
         report.bytes_sent = self.wire.ledger.total_bytes - sent_before
         return common_executed
 
     def _exchange_header(self, step: int, executed_steps: int, executed_now: bool) -> Tensor:
-        finite = self.wire.replicas == 1 or self._all_shards(self._is_finite())
+        # One replica that keeps no anchor has nothing to return to: like AdamW, it goes on.
+        can_return = self.wire.replicas > 1 or not self.config.outer.is_plain_average
+        finite = not can_return or self._all_shards(self._is_finite())
         shared_bases = [] if self.own_basis else [i.basis for i in self.items if i.plan.low_rank]
         fields = [step, len(self.rows.pending), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
         assert len(fields) == _HEADER_FIELDS

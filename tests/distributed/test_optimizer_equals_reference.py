@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def largest_difference(case: dict[str, Any], dtype: torch.dtype, skips: dict[int, list[int]] | None = None) -> float:
-    """Largest difference between this rank's weights and its replica's in the reference, over all steps."""
+    """Largest distance to this replica's weights in the reference, relative to each parameter's largest weight."""
     settings = {**BASE, **{key: value for key, value in case.items() if not key.startswith("_")}}
     replica, replicas = dist.get_rank(), dist.get_world_size()
     named = [(name, torch.nn.Parameter(w)) for name, w in problems.initial_weights(dtype).items()]
@@ -69,7 +69,8 @@ def largest_difference(case: dict[str, Any], dtype: torch.dtype, skips: dict[int
         optimizer.step()
         reference.step(all_gradients)
         for name, parameter in named:
-            worst = max(worst, float((parameter.detach() - reference.weights[replica][name]).abs().max()))
+            expected = reference.weights[replica][name]
+            worst = max(worst, float((parameter.detach() - expected).abs().max() / expected.abs().max()))
     if replicas > 1 and settings.get("sync_interval", 3) > 1:
         assert optimizer.last_report is not None and optimizer.last_report.drift > 0
     return worst

@@ -101,7 +101,9 @@ def difference(case: dict[str, Any], kind: str, replica_size: int, dtype: torch.
         reference.step(each)  # type: ignore[arg-type]
         expected = torch.cat([reference.weights[replica][name].flatten() for name in problems.SHAPES])[held]
         found = flat.detach()[: held.stop - held.start]
-        worst = max(worst, float((found - expected).abs().max()) if found.numel() else 0.0)
+        # Relative to the largest weight of all: a fragment may hold nothing but small ones.
+        scale = max(float(weight.abs().max()) for weight in reference.weights[replica].values())
+        worst = max(worst, float((found - expected).abs().max()) / scale if found.numel() else 0.0)
     return worst, check_duplicates(optimizer, comm)
 
 

@@ -1,0 +1,24 @@
+"""Bytes are what one rank sends, by kind."""
+
+from __future__ import annotations
+
+from lordo_ds.dist.ledger import ByteLedger, gather_bytes, reduction_bytes
+
+
+def test_a_reduction_sends_twice_the_payload_less_a_share() -> None:
+    assert [reduction_bytes(1200, replicas) for replicas in (1, 2, 3, 4)] == [0, 1200, 1600, 1800]
+
+
+def test_a_gather_sends_the_payload_to_each_of_the_others() -> None:
+    assert [gather_bytes(100, replicas) for replicas in (1, 2, 4)] == [0, 100, 300]
+
+
+def test_bytes_add_up_by_kind_and_survive_saving() -> None:
+    ledger = ByteLedger()
+    for kind, sent in (("header", 8), ("exp_avg", 100), ("header", 8)):
+        ledger.add(kind, sent)
+    restored = ByteLedger()
+    restored.load_state_dict(ledger.state_dict())
+    restored.add("exp_avg", 1)
+    assert (ledger.by_kind["header"], ledger.total_bytes, restored.total_bytes) == (16, 116, 117)
+    assert ledger.state_dict() == {"header": 16, "exp_avg": 100}  # the copy counts on its own
