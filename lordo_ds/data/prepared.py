@@ -58,8 +58,8 @@ class PreparedData:
         held = int(from_the_end[min(count, len(lengths)) - 1])
         if count >= self.documents or self.tokens - held < min_tokens:
             raise DataError(
-                f"the data has {self.documents} documents and {self.tokens} tokens: too few to leave "
-                f"{min_tokens} tokens of whole documents for validation and as many for training; give more text"
+                f"the data has {self.documents} documents and {self.tokens} tokens: too few to hold out "
+                f"whole documents of {min_tokens} tokens and train on as many; give more text"
             )
         return count
 

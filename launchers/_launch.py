@@ -1,0 +1,134 @@
+"""The process around a training script: its rank, how it reports a user's mistake, its device and groups."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+
+def dist_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def say(line: str) -> None:
+    """Print on rank 0."""
+    if dist_rank() == 0:
+        print(line, flush=True)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse, but a wrong option is a `ValueError` of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the options)")
+
+
+def one_line(error: ValueError) -> str:
+    """Its message, line breaks (pydantic's, say) taken out."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """End the process on a user's mistake (`ValueError`) with exit code 2 and one line on stderr.
+
+    Rank 0 speaks; the others, which made the same mistake, are ended by the launcher before they would. With
+    LORDO_TRACEBACK=1 the error comes with its traceback.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("LORDO_TRACEBACK"):
+            raise
+        if dist_rank():
+            time.sleep(5)  # whoever lives on after that made a mistake that rank 0 did not make
+        where = f" on rank {dist_rank()}" if dist_rank() else ""
+        print(f"{program}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)  # not sys.exit, which may wait for a process group whose other half is gone
+
+
+def choose_device() -> None:
+    """Settle what torch and DeepSpeed read from the environment when they are imported."""
+    warnings.filterwarnings("ignore", module="megatron")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
+    if "RANK" not in os.environ:  # no launcher
+        os.environ.update({key: str(value) for key, value in alone.items()})
+
+
+def start_distributed(tensor_parallel: int, pipeline_parallel: int, seed: int) -> None:
+    """The process group, Megatron's groups and the seeds, equal on all ranks.
+
+    Where there is no CUDA, the CPU takes its place in Megatron.
+    """
+    import logging
+
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.logger.setLevel(logging.ERROR)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("lordo_ds").setLevel(logging.WARNING if dist_rank() else logging.INFO)
+    if get_accelerator().device_name() == "cpu":
+        # A shared-memory all-reduce that training never calls, and that takes over a minute to compile.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(verbose=False)
+
+    from megatron.core import parallel_state
+
+    from megatron_patches import cpu
+
+    cpu.install()
+    parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+    seed_everything(seed)
+
+
+def seed_everything(seed: int) -> None:
+    import random
+
+    import numpy as np
+    import torch
+    from megatron.core import tensor_parallel
+
+    random.seed(seed)
+    np.random.seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    torch.manual_seed(seed)  # last: without CUDA the line above has moved the same generator
+
+
+def check_equal_on_all_ranks(value: Any, message: str) -> None:
+    """Collective.
+
+    Raises:
+        ValueError: `message`, preceded by the ranks whose value is not that of rank 0.
+    """
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    different = [str(rank) for rank, other in enumerate(values) if other != values[0]]
+    if different:
+        raise ValueError(f"rank {', '.join(different)}: {message}")
+
+
+def shut_down() -> None:
+    """Leave together: a rank that goes early takes the store of the others with it."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,389 @@
+"""Pre-train a Megatron-core GPT with DeepSpeed: the reference script for LoRDO and for every baseline.
+
+    deepspeed --num_accelerators 2 launchers/pretrain_gpt.py \
+        --deepspeed_config configs/ds/lordo.json --model configs/model/tiny.yaml --output-dir runs/tiny
+
+Which optimizer runs is the JSON's business alone: the script is the same for all of them. torchrun works
+too, and without a launcher it is one process. It leaves metrics.jsonl, loss.png, summary.json, a TensorBoard
+run and checkpoints in the output directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _gpt import GptConfig, build_gpt, loss_sums
+from _launch import (
+    ArgumentParser,
+    check_equal_on_all_ranks,
+    choose_device,
+    dist_rank,
+    one_line_errors,
+    say,
+    shut_down,
+    start_distributed,
+)
+from _run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
+from _text import BatchShape, SampleOrder, Samples, open_datasets, train_batches, validation_batches
+
+DEFAULT_STEPS = 300
+SAY_EVERY = 10  # steps
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--deepspeed_config", required=True, metavar="JSON", help="DeepSpeed settings, as in configs/ds/")
+    add("--model", required=True, metavar="YAML", help="model size, as in configs/model/")
+    add("--output-dir", required=True, type=Path, metavar="DIR")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="text or jsonl files; default: the embedded corpus",
+    )
+    add("--train-steps", type=int, metavar="N", help="default: the JSON scheduler's total_num_steps")
+    add("--seed", type=int, default=1234)
+    add("--eval-interval", type=int, default=100, metavar="N", help="steps; 0: at the end only")
+    add("--eval-samples", type=int, default=128, metavar="N", help="sequences in an evaluation")
+    add("--save-interval", type=int, default=0, metavar="N", help="steps; 0: at the end only")
+    add("--resume", action="store_true", help="go on from the latest checkpoint in DIR")
+    add("--tensor-parallel", type=int, default=1, metavar="N")
+    add("--pipeline-parallel", type=int, default=1, metavar="N")
+    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    args = parser.parse_args()
+    for flag, value in (
+        ("--tensor-parallel", args.tensor_parallel),
+        ("--pipeline-parallel", args.pipeline_parallel),
+    ):
+        if value != 1:
+            raise ValueError(f"{flag} {value}: only 1 is supported so far; leave {flag} away")
+    least = {"train_steps": 1, "eval_samples": 1, "eval_interval": 0, "save_interval": 0}
+    for name, minimum in least.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
+    return args
+
+
+def read_deepspeed_config(args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON, TensorBoard pointed at the output directory, its schedule long enough; sets train_steps."""
+    path = Path(args.deepspeed_config)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; see configs/ds/ for the settings that come") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    blocks = ("optimizer", "scheduler", "tensorboard", "bf16", "fp16")
+    if not isinstance(config, dict) or not all(isinstance(config.get(key, {}), dict) for key in blocks):
+        raise ValueError(f"{path}: must be a JSON object, its {', '.join(blocks)} too; see configs/ds/adamw_ddp.json")
+    board = {"enabled": True, "job_name": "tensorboard", **config.get("tensorboard", {})}
+    config["tensorboard"] = {**board, "output_path": str(args.output_dir)}
+    schedule = config.get("scheduler", {}).get("params", {})
+    planned = schedule.get("total_num_steps")
+    if args.train_steps is None:
+        args.train_steps = planned or DEFAULT_STEPS
+    elif planned and args.train_steps > planned:
+        # Past its end a schedule rests at its floor and trains little. A shorter run keeps it: it may go on.
+        say(f"the learning-rate schedule of {planned} steps is stretched to --train-steps {args.train_steps}")
+        schedule["total_num_steps"] = args.train_steps
+    return config
+
+
+@dataclass
+class Job:
+    """Everything that the training loop uses."""
+
+    args: argparse.Namespace
+    engine: Any
+    hook: Hook
+    group: Any
+    """All data-parallel ranks, of all replicas."""
+    train: Samples
+    valid: Samples
+    order: SampleOrder
+    shape: BatchShape
+    seq_length: int
+    unigram_perplexity: float
+    log: RunLog
+    ddp_bytes: int
+    """What AdamW-DDP sends per rank and step."""
+    step: int
+    consumed: int
+    """Samples read by all ranks together since the first step."""
+    bytes_counted: int
+    """How much of the hook's bytes_sent is in rows already; the first row takes what start-up sent."""
+    started: float
+
+
+def set_up(args: argparse.Namespace) -> Job:
+    """From the command line to a job that can run; the user's mistakes show here."""
+    started = time.perf_counter()
+    config = read_deepspeed_config(args)
+    model_config = GptConfig.from_yaml(args.model)
+    choose_device()
+    from lordo_ds import LordoConfig
+    from lordo_ds.data import prepare, unigram_entropy
+    from lordo_ds.dist.ledger import reduction_bytes
+
+    optimizer = config.get("optimizer", {})
+    if str(optimizer.get("type")).lower() == "lordo":
+        LordoConfig.parse(optimizer.get("params", {}))  # a misspelt key need not wait for the data
+    data = prepare(args.data, model_config.vocab_size, say=say)
+    train, valid, held_out = open_datasets(data, model_config.seq_length, args.seed)
+    start_distributed(args.tensor_parallel, args.pipeline_parallel, args.seed)
+    check_equal_on_all_ranks(
+        data.key, "other data than rank 0: use the same files, Python and sentencepiece everywhere"
+    )
+    engine, hook, group = build_engine(model_config, config)
+    shape = BatchShape(
+        micro_batch=engine.train_micro_batch_size_per_gpu(),
+        accumulation=engine.gradient_accumulation_steps(),
+        data_parallel_size=hook.data_parallel_size,
+        data_parallel_rank=hook.data_parallel_rank,
+    )
+    elements = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    say(
+        f"{elements:,} parameters, {data.tokens:,} tokens; {hook.replicas} replica(s) of "
+        f"{shape.data_parallel_size // hook.replicas} rank(s); {args.train_steps} steps of "
+        f"{shape.global_batch} x {model_config.seq_length} tokens"
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    client = load_checkpoint(args, engine)
+    return Job(
+        args=args,
+        engine=engine,
+        hook=hook,
+        group=group,
+        train=train,
+        valid=valid,
+        order=SampleOrder(len(train), args.seed),
+        shape=shape,
+        seq_length=model_config.seq_length,
+        unigram_perplexity=math.exp(unigram_entropy(data.validation_tokens(held_out))),
+        log=RunLog(args.output_dir, dist_rank() == 0, engine.monitor, client["step"], client["waiting_rows"]),
+        ddp_bytes=reduction_bytes(elements * (2 if half_precision(engine) else 4), shape.data_parallel_size),
+        step=client["step"],
+        consumed=client["consumed_samples"],
+        bytes_counted=hook.bytes_sent if client["step"] else 0,
+        started=started,
+    )
+
+
+def half_precision(engine: Any) -> bool:
+    return bool(engine.bfloat16_enabled() or engine.fp16_enabled())
+
+
+def build_engine(model_config: GptConfig, config: dict[str, Any]) -> tuple[Any, Hook, Any]:
+    """The engine, its hook, and the group of all data-parallel ranks."""
+    import deepspeed
+    import torch
+    from megatron.core import parallel_state
+
+    import lordo_ds
+
+    enabled = {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
+    dtype = torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
+    model = build_gpt(model_config, dtype)
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    except AssertionError as error:  # how DeepSpeed refuses settings
+        raise ValueError(f"DeepSpeed refuses the settings: {error}") from error
+    group = parallel_state.get_data_parallel_group()
+    lordo_hook = lordo_ds.hook(engine)
+    if lordo_hook is None or lordo_hook.replicas == 1:
+        return engine, EveryStepHook(group, lordo_hook), group
+    return engine, lordo_hook, group
+
+
+def load_checkpoint(args: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    """Where to go on; zeros for a new run."""
+    if not args.resume:
+        return {"step": 0, "consumed_samples": 0, "waiting_rows": []}
+    folder = args.output_dir / "checkpoints"
+    if not (folder / "latest").exists():
+        raise ValueError(f"--resume: no checkpoint in {folder}; leave --resume away to start anew")
+    _, client = engine.load_checkpoint(str(folder))
+    if client["step"] >= args.train_steps:
+        raise ValueError(f"--resume: {folder} is at step {client['step']} already; give a larger --train-steps")
+    say(f"resumed from step {client['step']}")
+    return dict(client)
+
+
+def save_checkpoint(job: Job) -> None:
+    """Collective. Rows that wait for a sync go along; the hook saves what is to be averaged."""
+    if isinstance(job.hook, EveryStepHook):
+        job.hook.flush()
+        job.log.flush(job.hook.averaged_rows())
+    client = {"step": job.step, "consumed_samples": job.consumed, "waiting_rows": job.log.waiting}
+    folder = job.args.output_dir / "checkpoints"
+    job.engine.save_checkpoint(str(folder), f"global_step{job.step}", client_state=client)
+
+
+def train_step(job: Job) -> Row:
+    """One step on this rank's part of the global batch; the row's loss and norm are this rank's own."""
+    began = time.perf_counter()
+    engine = job.engine
+    lr = engine.get_lr()[0]
+    losses: list[float] = []
+    norm = None
+    for batch in train_batches(job.train, job.order, job.shape, job.consumed, engine.device):
+        total, count = loss_sums(engine, batch)
+        loss = total / count
+        engine.backward(loss)
+        if engine.is_gradient_accumulation_boundary():
+            norm = gradient_norm(engine)
+        engine.step()
+        losses.append(float(loss.detach()))
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    job.step += 1
+    job.consumed += job.shape.global_batch
+    return {
+        "step": job.step,
+        "samples": job.consumed,
+        "tokens": job.consumed * job.seq_length,
+        "loss": sum(losses) / len(losses),
+        "lr": lr,
+        "grad_norm": math.nan if norm is None else float(norm),
+        "synced": job.hook.synced,
+        "bytes_replica": replica_bytes(job),
+        "bytes_ddp": job.ddp_bytes,
+        "bytes_eval": 0,
+        "tokens_per_s": job.shape.global_batch * job.seq_length / (time.perf_counter() - began),
+    }
+
+
+def gradient_norm(engine: Any) -> float | None:
+    """Norm of the gradients before clipping, where DeepSpeed does not keep it: in fp32 at stage 0."""
+    import torch
+
+    if engine.zero_optimization() or half_precision(engine):
+        return None
+    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+
+
+def replica_bytes(job: Job) -> int:
+    """Sent across replicas by this rank since the last call; what DDP sends if all ranks are one replica."""
+    if job.hook.replicas == 1:
+        return job.ddp_bytes
+    before, job.bytes_counted = job.bytes_counted, job.hook.bytes_sent
+    return job.bytes_counted - before
+
+
+def evaluate(job: Job) -> float:
+    """Mean validation loss, each rank with its weights on its part of the samples; noted in the last row."""
+    import torch
+    import torch.distributed as dist
+
+    from lordo_ds.dist.ledger import reduction_bytes
+
+    samples = min(job.args.eval_samples, len(job.valid))
+    sums = torch.zeros(2, dtype=torch.float64, device=job.engine.device)  # losses, tokens
+    job.engine.eval()
+    with torch.no_grad():
+        for batch in validation_batches(job.valid, samples, job.shape, job.engine.device):
+            sums += torch.stack(loss_sums(job.engine, batch)).double()
+    job.engine.train()
+    dist.all_reduce(sums, group=job.group)
+    loss = float(sums[0] / sums[1])
+    sent = reduction_bytes(sums.numel() * sums.element_size(), job.shape.data_parallel_size)
+    job.log.last.update(val_loss=loss, bytes_eval=sent)
+    say(f"step {job.step}: validation loss {loss:.4f}, perplexity {perplexity(loss):.2f}")
+    return loss
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def train(job: Job) -> None:
+    args = job.args
+    while job.step < args.train_steps:
+        row = train_step(job)
+        job.hook.record(loss=row["loss"], grad_norm=row["grad_norm"])
+        job.log.add(row)
+        last = job.step == args.train_steps
+        if last or job.step % SAY_EVERY == 0 or job.step == 1:
+            say(progress(job, row))
+        if last:
+            break
+        if args.eval_interval and job.step % args.eval_interval == 0:
+            evaluate(job)
+        job.log.flush(job.hook.averaged_rows())
+        if args.save_interval and job.step % args.save_interval == 0:
+            save_checkpoint(job)
+
+
+def progress(job: Job, row: Row) -> str:
+    sent, ddp = job.log.total("bytes_replica"), job.log.total("bytes_ddp")
+    return (
+        f"step {job.step}/{job.args.train_steps} | loss {row['loss']:.4f} | "
+        f"{row['tokens_per_s']:,.0f} tokens/s | next sync in {job.hook.next_sync_in} | "
+        f"sent {megabytes(sent)}, DDP {megabytes(ddp)} ({times_less(sent, ddp)})"
+    )
+
+
+def finish(job: Job) -> None:
+    """Final sync, evaluation and checkpoint, and what came of the run."""
+    job.hook.finish()
+    if job.hook.replicas > 1:
+        job.log.last["bytes_replica"] += replica_bytes(job)
+    loss = evaluate(job)
+    job.log.flush(job.hook.averaged_rows())
+    save_checkpoint(job)
+    if dist_rank() == 0:
+        summarize(job, loss)
+
+
+def summarize(job: Job, val_loss: float) -> None:
+    """Write summary.json and loss.png, and say what is in them."""
+    first, last = job.log.rows[0], job.log.rows[-1]
+    sent, ddp = job.log.total("bytes_replica"), job.log.total("bytes_ddp")
+    facts = {
+        "title": f"{Path(job.args.deepspeed_config).stem}, {Path(job.args.model).stem}",
+        "steps": job.step,
+        "tokens": last["tokens"],
+        "data_parallel_size": job.shape.data_parallel_size,
+        "replicas": job.hook.replicas,
+        "first_loss": first["loss"],
+        "last_loss": last["loss"],
+        "val_loss": val_loss,
+        "val_perplexity": perplexity(val_loss),
+        "unigram_perplexity": job.unigram_perplexity,
+        "bytes_replica": sent,
+        "bytes_ddp": ddp,
+        "bytes_ratio": ddp / sent if sent else None,
+        "wall_s": time.perf_counter() - job.started,
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+    }
+    job.log.finish(facts)
+    say(
+        f"loss {first['loss']:.3f} -> {last['loss']:.3f} in {job.step} steps; validation perplexity "
+        f"{perplexity(val_loss):.1f} (a unigram model: {job.unigram_perplexity:.1f})\n"
+        f"each rank sent {megabytes(sent)}; AdamW-DDP sends {megabytes(ddp)}: {times_less(sent, ddp)}\n"
+        f"in {job.args.output_dir}: metrics.jsonl, summary.json, loss.png, tensorboard/, "
+        f"checkpoints/global_step{job.step}/"
+    )
+
+
+def main() -> None:
+    with one_line_errors("pretrain_gpt.py"):
+        job = set_up(parse_arguments())
+    train(job)
+    finish(job)
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
