@@ -5,6 +5,7 @@ Importing this package registers the optimizer type "LoRDO" with DeepSpeed.
 
 from lordo_ds.adapters.engine import data_sampler, hook, load_checkpoint, save_checkpoint, status
 from lordo_ds.adapters.registration import register, unregister
+from lordo_ds.adapters.zero_init import zero_init_group
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.dist.sync import SyncError
 from lordo_ds.optimizer import LoRDO
@@ -22,6 +23,7 @@ __all__ = [
     "save_checkpoint",
     "status",
     "unregister",
+    "zero_init_group",
 ]
 
 register()

@@ -95,6 +95,8 @@ class EngineHook:
         equalise_untrained(engine, trained, wire)
         with stepped_tensors_in_groups(engine):
             self.optimizer.attach(flats, wire, ShardComm(groups.shard if sharded else None))
+        assert self.optimizer.sync is not None
+        self.optimizer.sync.row_comm = ShardComm(groups.shard if groups.layout.replica_size > 1 else None)
         refresh_low_precision(engine)
 
     # -- what users and the training script read -----------------------------------------------------

@@ -59,6 +59,8 @@ class OuterSync:
         self.last_synced_step = 0
         self.last_report: SyncReport | None = None
         self.rows = RowAverager()
+        # Ranks of this replica whose rows differ; at stage 0 they hold whole parameters and are no shards.
+        self.row_comm = shard
         self._told: set[tuple[str, str]] = set()
 
     # -- start ---------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ class OuterSync:
         finite = header[:, 2].bool().tolist()
         participants = [m for m, ok in enumerate(finite) if ok]
         report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
-        self.rows.reduce(self.wire, self.shard, self._device)
+        self.rows.reduce(self.wire, self.row_comm, self._device)
         common_executed = int(header[participants or slice(None), 3].max())
         if participants:
             self.nonfinite_syncs = 0
@@ -416,7 +418,7 @@ class OuterSync:
 
     def flush_rows(self) -> None:
         """Average the recorded rows now, apart from a sync. Collective: every rank has recorded equally many."""
-        self.rows.reduce(self.wire, self.shard, self._device)
+        self.rows.reduce(self.wire, self.row_comm, self._device)
 
     # -- small helpers -------------------------------------------------------------------------------
 

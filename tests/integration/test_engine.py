@@ -290,6 +290,21 @@ def test_rows_ride_with_the_sync_and_the_final_one_flushes_them() -> None:
         assert losses == [[], [], [6.0, 7.0], [], [], [8.0, 9.0, 10.0]]
 
 
+def rows_of_two_by_two(stage: int) -> list[dict[str, float]]:
+    engine = make_engine(settings(optimizer={"replica_size": 2}, zero_optimization={"stage": stage}))
+    hook = lordo_ds.hook(engine)
+    assert hook is not None
+    train_step(engine, 1)
+    hook.record(loss=float(dist.get_rank()))
+    hook.finish()
+    return hook.averaged_rows()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_rows_are_averaged_over_all_ranks_of_all_replicas(stage: int) -> None:
+    assert run_ranks(rows_of_two_by_two, 4, stage) == [[{"loss": 1.5}]] * 4
+
+
 # -- starting equal ----------------------------------------------------------------------------------
 
 

@@ -274,3 +274,23 @@ def run_alone(home: Path, argv: list[str]) -> subprocess.CompletedProcess[str]:
     environment |= {"PYTHONPATH": str(ROOT), "LORDO_CACHE": str(home / "cache"), "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(SCRIPT), *argv]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def rows_of(home: Path, output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (home / output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_replicas_of_two_shards_at_stages_1_2_and_3_differ_in_nothing_but_the_json(home: Path) -> None:
+    """The same samples per replica, on one rank or shared by two: the same losses and the same bytes saved."""
+    single = settings(lordo(), train_micro_batch_size_per_gpu=4)
+    run_ranks(run_script, 2, str(home), arguments(home, single, "two_by_one"), timeout_s=200)
+    expected = rows_of(home, "two_by_one")
+    for stage in (1, 2, 3):
+        keys = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": stage}}
+        output = f"two_by_two_{stage}"
+        run_ranks(run_script, 4, str(home), arguments(home, settings(lordo(replica_size=2), **keys), output), timeout_s=200)
+        found = rows_of(home, output)
+        assert [row["synced"] for row in found] == [row["synced"] for row in expected]
+        for row, other in zip(found, expected, strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4), f"stage {stage}, step {row['step']}"
+        assert found[-1]["val_loss"] == pytest.approx(expected[-1]["val_loss"], rel=1e-4)

@@ -132,6 +132,15 @@ def test_weight_decay_is_decoupled_and_comes_before_the_step() -> None:
     same(steps.weights[0]["w"], weight.numpy() * 0.95 - 0.1 * np.array(FIRST_MOVES["none"]))
 
 
+def test_a_learning_rate_given_to_the_step_wins_and_zero_is_one() -> None:
+    steps = reference([zeros((2, 3))], rank=1, qh_mode="none")
+    steps.step(gradients(FIRST), lr=0.0)
+    same(steps.weights[0]["w"], np.zeros((2, 3)))
+    steps = reference([zeros((2, 3))], rank=1, qh_mode="none")
+    steps.step(gradients(FIRST), lr=0.3)
+    same(steps.weights[0]["w"], -0.3 * np.array(FIRST_MOVES["none"]))
+
+
 def test_error_feedback_keeps_what_projection_drops_and_the_gradient_term_does_not_see_it() -> None:
     kept = reference([zeros((2, 3))], rank=1, error_feedback="fp32")
     plain = reference([zeros((2, 3))], rank=1)
