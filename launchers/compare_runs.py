@@ -83,7 +83,8 @@ def main() -> None:
     versions = ", ".join(f"{package} {version}" for package, version in summary["versions"].items())
     facts = (
         f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['data_parallel_size']} ranks; "
-        f"unigram perplexity {summary['unigram_perplexity']:.1f}; {platform.machine()}, {os.cpu_count()} cores; {versions}."
+        f"unigram perplexity {summary['unigram_perplexity']:.1f}; {platform.machine()}, {os.cpu_count()} cores; "
+        f"{versions}."
     )
     page = Path(f"{args.output}_runs.md")
     above = page.read_text().split(TABLE_MARK)[0] if page.exists() else f"# {args.output.name}\n\n"
