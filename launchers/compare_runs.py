@@ -53,6 +53,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         by_bytes.plot(sent, losses, label=name, linewidth=1.2)
     by_step.set(xlabel="step", ylabel="training loss (mean of 10 steps)")
     by_bytes.set(xlabel="MB sent by each rank", xscale="log")
+    by_bytes.set_xlim(left=1.0)
     by_step.legend(fontsize=8)
     for axes in (by_step, by_bytes):
         axes.grid(alpha=0.3)

@@ -26,6 +26,19 @@ def state_bytes(optimizer: LoRDO) -> dict[str, int]:
     return dict(kinds)
 
 
+def border_copy_bytes(optimizer: LoRDO) -> int:
+    """Bytes of moments of border rows that another shard keeps too, and owns."""
+    total = 0
+    for item in _items(optimizer):
+        if item.shards is None or item.shards.basis_on_rows:
+            continue
+        first, last = item.shards.owned_rows(item.comm.index)
+        copies = sum(not first <= row < last for _, row in item.shards.borders(item.comm.index))
+        floats = 2 * item.plan.rank + ("col_mean_sq" in item.state)
+        total += copies * floats * item.weight.element_size()
+    return total
+
+
 def status_of(hook: Any) -> dict[str, Any]:
     """The dict that `lordo_ds.status(engine)` returns; `hook` is the engine's `EngineHook`."""
     optimizer: LoRDO = hook.optimizer
@@ -38,6 +51,7 @@ def status_of(hook: Any) -> dict[str, Any]:
         "replicas": hook.replicas,
         "replica_index": hook.replica_index,
         "shard_size": hook.groups.layout.replica_size,
+        "zero_stage": int(hook.engine.zero_optimization_stage()),
         "tensor_parallel_size": 1,
         "pipeline_parallel_size": 1,
         "step": optimizer.attempted_steps,
@@ -51,6 +65,7 @@ def status_of(hook: Any) -> dict[str, Any]:
         "dense_parameters": len(dense),
         "dense_elements": sum(plan.numel for plan in dense),
         "state_bytes": state_bytes(optimizer),
+        "border_copy_bytes": border_copy_bytes(optimizer),
         "bytes_sent": dict(sync.wire.ledger.by_kind),
         "bytes_sent_total": sync.wire.ledger.total_bytes,
         "ddp_bytes_per_step": hook.ddp_bytes_per_step,
@@ -63,8 +78,8 @@ def describe_start(hook: Any) -> list[str]:
     now = status_of(hook)
     config = hook.optimizer.config
     lines = [
-        f"LoRDO: {now['replicas']} replicas of {now['shard_size']} data-parallel ranks; sync every "
-        f"{config.sync_interval} steps; {config.qh_mode}, omega {config.omega:g}, basis from "
+        f"LoRDO: {now['replicas']} replicas of {now['shard_size']} data-parallel ranks, ZeRO stage {now['zero_stage']}; "
+        f"sync every {config.sync_interval} steps; {config.qh_mode}, omega {config.omega:g}, basis from "
         f"{config.basis_source} ({config.basis_update}), {config.projection} projection",
         f"LoRDO: {now['low_rank_parameters']} parameters low-rank ({now['low_rank_elements']:,} elements), "
         f"{now['dense_parameters']} dense ({now['dense_elements']:,} elements)",
@@ -81,7 +96,8 @@ def describe_start(hook: Any) -> list[str]:
         lines.append(f"LoRDO:   {len(names):4d} x {shape!s:16} {kind:9} {reason}{mark}: {names[0]}")
     state = ", ".join(f"{kind} {mebibytes(size)}" for kind, size in now["state_bytes"].items())
     adamw = 2 * sum(item.weight.numel() * item.weight.element_size() for item in _items(hook.optimizer))
-    lines.append(f"LoRDO: state on this rank: {state}; AdamW's moments would be {mebibytes(adamw)}")
+    copies = f" (of it {mebibytes(now['border_copy_bytes'])} border copies)" if now["border_copy_bytes"] else ""
+    lines.append(f"LoRDO: state on this rank: {state}{copies}; AdamW's moments would be {mebibytes(adamw)}")
     return lines
 
 
