@@ -175,6 +175,11 @@ class LordoConfig(_Block):
                 f'basis_source = "complement" needs directions outside the basis, and with qh_mode = "{self.qh_mode}" '
                 'the weights never leave it: use qh_mode "full_rank" or "factored" (nearest: "full_rank")'
             )
+        if self.basis_source == "complement" and self.omega == 1.0:
+            raise ValueError(
+                'basis_source = "complement" needs directions outside the basis, and with omega = 1 the full-rank term '
+                "has no weight: use omega < 1 (nearest: 0.99)"
+            )
         if self.pseudo_gradient_dtype in ("int8", "int4"):
             raise ValueError(
                 f'pseudo_gradient_dtype = "{self.pseudo_gradient_dtype}" is not available in this version: '
@@ -219,6 +224,14 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "low_rank.include": ("must be a list of regular expressions", ('[".*"]',)),
     "low_rank.exclude": ("must be a list of regular expressions", ('[".*"]',)),
 }
+# Names that other optimizers and papers use for ours.
+_ALIASES = {
+    "learning_rate": "lr",
+    "r": "rank",
+    "k": "sync_interval",
+    "K": "sync_interval",
+    "sync_every": "sync_interval",
+}
 _BRANCHES = {"int", "str", "constrained-int", "constrained-str", "tuple"}
 
 
@@ -233,8 +246,8 @@ def _one_line(error: ValidationError) -> str:
         block: Any = LordoConfig
         for part in path[:-1]:
             block = LordoConfig.model_fields[str(part)].annotation
-        nearest = nearest_name(str(path[-1]), list(block.model_fields))
-        return f'{where} is not a known key: did you mean "{nearest}"?'
+        nearest = _ALIASES.get(str(path[-1])) or nearest_name(str(path[-1]), list(block.model_fields))
+        return f'{where} = {value!r} is not a known key: did you mean "{nearest}"?'
     if kind == "value_error" and key != "error_feedback":
         message = str(context["error"])
         if not key:

@@ -65,6 +65,12 @@ class LoRDO(torch.optim.Optimizer):
         self._executed_now = False
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, before the first step only: the replicas agree on their parameters once."""
+        if self.sync is not None:
+            raise ValueError("LoRDO: parameters cannot be added after the first step: give all of them at the start")
+        super().add_param_group(param_group)
+
     # -- attaching to parameters and replicas --------------------------------------------------------
 
     def attach(self, flats: Sequence[FlatTensor], wire: ReplicaWire, shard: ShardComm) -> None:
@@ -187,7 +193,9 @@ class LoRDO(torch.optim.Optimizer):
                 fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
                 continue
             if from_gradient and not self.sync.own_basis:
-                fragment.gradient = self._keep(fragment, gradient)
+                # A = G + E, before this step moves what it drops into E.
+                kept = with_error(gradient, fragment.error)
+                fragment.gradient = self._keep(fragment, kept) if kept is gradient else kept
             ready.append((fragment, gradient, settings))
         self._run_low_rank(ready, measure=plan.due)
 

@@ -78,7 +78,8 @@ def describe_start(hook: Any) -> list[str]:
     now = status_of(hook)
     config = hook.optimizer.config
     lines = [
-        f"LoRDO: {now['replicas']} replicas of {now['shard_size']} data-parallel ranks, ZeRO stage {now['zero_stage']}; "
+        f"LoRDO: {now['replicas']} replicas of {now['shard_size']} data-parallel ranks, "
+        f"ZeRO stage {now['zero_stage']}; "
         f"sync every {config.sync_interval} steps; {config.qh_mode}, omega {config.omega:g}, basis from "
         f"{config.basis_source} ({config.basis_update}), {config.projection} projection",
         f"LoRDO: {now['low_rank_parameters']} parameters low-rank ({now['low_rank_elements']:,} elements), "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ from lordo_ds.adapters.patching import replace_method
 _FOLDER = re.compile(r"replica_(\d+)")
 
 
-def keep_replicas_apart(engine: Any, replica_index: int, replicas: int, version: str) -> None:
+def keep_replicas_apart(
+    engine: Any, replica_index: int, replicas: int, restart: Callable[[], None], version: str
+) -> None:
     """Replace the engine's checkpoint-name methods, and check what it is asked to load.
 
     DeepSpeed's file names carry the rank inside the data-parallel group, so replicas would overwrite each other. The
     tag stays the same: DeepSpeed compares it over all ranks, and global rank 0 alone writes `latest`.
+
+    Args:
+        restart: called after weights were loaded without optimizer states.
     """
 
     def inside_replica(original: Any) -> Any:
@@ -29,25 +36,29 @@ def keep_replicas_apart(engine: Any, replica_index: int, replicas: int, version:
         return name
 
     def checked(original: Any) -> Any:
+        signature = inspect.signature(original)
+
         @functools.wraps(original)
-        def load_checkpoint(load_dir: str, tag: str | None = None, *args: Any, **kwargs: Any) -> Any:
-            weights_only = kwargs.get("load_optimizer_states") is False or args[1:2] == (False,)
+        def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+            asked = signature.bind(*args, **kwargs).arguments
+            weights_only = not asked.get("load_optimizer_states", True) or asked.get("load_module_only", False)
             if weights_only and engine.zero_optimization_partition_weights():
                 raise ValueError(
-                    "LoRDO: at stage 3 DeepSpeed 0.19.8 loads weights without optimizer states from whatever `latest` "
-                    "names: load the optimizer states too, or make plain weights with zero_to_fp32.py --tag "
-                    "<tag>/replica_0 and build the model from them"
+                    "LoRDO: DeepSpeed 0.19.8 cannot load weights without optimizer states at stage 3 from this layout: "
+                    "load the optimizer states too, or build the model from the plain weights that "
+                    "zero_to_fp32.py makes with --tag <tag>/replica_0"
                 )
-            _check_folders(load_dir, tag, replicas)
-            return original(load_dir, tag, *args, **kwargs)
+            _check_folders(asked["load_dir"], asked.get("tag"), replicas)
+            path, client_state = original(*args, **kwargs)
+            if path is not None and weights_only:
+                restart()
+            return path, client_state
 
         return load_checkpoint
 
     for method in ("_get_ckpt_name", "_get_rank_zero_ckpt_name"):
         replace_method(engine, method, ("checkpoints_path", "tag"), inside_replica, version)
-    replace_method(
-        engine, "load_checkpoint", ("load_dir", "tag", "load_module_strict", "load_optimizer_states"), checked, version
-    )
+    replace_method(engine, "load_checkpoint", ("load_dir", "tag", "load_module_strict"), checked, version)
 
 
 def _check_folders(load_dir: str, tag: str | None, replicas: int) -> None:
@@ -65,6 +76,6 @@ def _check_folders(load_dir: str, tag: str | None, replicas: int) -> None:
         raise ValueError(f"LoRDO: {folder} holds no replica_0: it was not saved by LoRDO")
     if found != list(range(replicas)):
         raise ValueError(
-            f"LoRDO: {folder} holds the replicas {found}, this run has {replicas}: resume with as many ranks and the same "
-            "optimizer.params.replica_size as it was saved with"
+            f"LoRDO: {folder} holds the replicas {found}, this run has {replicas}: resume with as many ranks "
+            "and the same optimizer.params.replica_size as it was saved with"
         )

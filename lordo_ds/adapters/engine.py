@@ -1,4 +1,4 @@
-"""The public functions on a DeepSpeed engine that was built with LoRDO."""
+"""The public functions on a DeepSpeed engine that is, or is to be, built with LoRDO."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 from torch.utils.data import DistributedSampler
 
 from lordo_ds.adapters.hook import EngineHook, hook
+from lordo_ds.adapters.zero_init import zero_init_group
 from lordo_ds.status import status_of
 
-__all__ = ["data_sampler", "hook", "load_checkpoint", "save_checkpoint", "status"]
+__all__ = ["data_sampler", "hook", "load_checkpoint", "save_checkpoint", "status", "zero_init_group"]
 
 
 def _require_hook(engine: Any) -> EngineHook:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from deepspeed.utils import groups as deepspeed_groups
 
 from lordo_ds.adapters import stage0
@@ -16,7 +17,13 @@ from lordo_ds.adapters.checkpoints import keep_replicas_apart
 from lordo_ds.adapters.equalise import equalise_untrained
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.support import check_engine
-from lordo_ds.adapters.zero import flat_tensors, gradient_bytes, refresh_low_precision, stepped_tensors_in_groups
+from lordo_ds.adapters.zero import (
+    flat_tensors,
+    gradient_bytes,
+    refresh_low_precision,
+    stepped_tensors_in_groups,
+    take_masters_from_model,
+)
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.dist.groups import ReplicaGroups
 from lordo_ds.dist.ledger import reduction_bytes
@@ -56,6 +63,8 @@ class EngineHook:
         self.optimizer: LoRDO = engine.basic_optimizer
         self.row_keys: list[str] = []
         self._ddp_bytes_per_step = 0
+        # Ranks of a replica that the sync does not see together, because each steps whole parameters.
+        self._unsharded: ShardComm | None = None
 
     @classmethod
     def attach(cls, engine: Any, groups: ReplicaGroups, training_data: Any) -> EngineHook:
@@ -78,8 +87,9 @@ class EngineHook:
     def _attach_optimizer(self, engine: Any) -> None:
         groups, facts = self.groups, model_facts(engine.module)
         wire = ReplicaWire(groups.replica if groups.layout.replica_count > 1 else None)
-        # At stage 0 every rank of a replica steps whole parameters.
-        sharded = engine.zero_optimization() and groups.layout.replica_size > 1
+        shard = ShardComm(groups.shard if groups.layout.replica_size > 1 else None)
+        if not engine.zero_optimization():
+            self._unsharded, shard = shard, ShardComm()
         flats = flat_tensors(engine, facts)
         names = {piece.facts.name for flat in flats for piece in flat.pieces}
         trained = {parameter for parameter, fact in facts.items() if fact.name in names}
@@ -94,7 +104,7 @@ class EngineHook:
             )
         equalise_untrained(engine, trained, wire)
         with stepped_tensors_in_groups(engine):
-            self.optimizer.attach(flats, wire, ShardComm(groups.shard if sharded else None))
+            self.optimizer.attach(flats, wire, shard)
         assert self.optimizer.sync is not None
         self.optimizer.sync.row_comm = ShardComm(groups.shard if groups.layout.replica_size > 1 else None)
         refresh_low_precision(engine)
@@ -162,6 +172,7 @@ class EngineHook:
 
     def finish(self) -> None:
         """Sync unless the last step ended in one, so that all replicas hold the same weights. Collective."""
+        self._average_rows_in_replica()
         if self.optimizer.final_sync():
             self._after_sync()
             refresh_low_precision(self.engine)
@@ -218,12 +229,14 @@ class EngineHook:
             ("offload_states", ("include", "device"), _refuse_offload_states),
         ):
             replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
-        keep_replicas_apart(engine, self.replica_index, self.replicas, DEEPSPEED_VERSION)
+        keep_replicas_apart(engine, self.replica_index, self.replicas, hook._restart_from_weights, DEEPSPEED_VERSION)
         if stage0.loss_scale(engine) is not None:
             engine.backward = stage0.scaled_backward(engine, engine.backward)
         engine.clip_fp32_gradients = functools.partial(stage0.clip_fp32_gradients, engine)
 
     def _end_attempt(self) -> None:
+        if self.optimizer.next_sync_in == 1:
+            self._average_rows_in_replica()
         # DeepSpeed has moved the schedule if it executed this step.
         scheduled = self.optimizer.executed_steps + int(self.engine.was_step_applied())
         if self.optimizer.end_attempt():
@@ -234,6 +247,23 @@ class EngineHook:
                 self.engine.lr_scheduler.step()
         if self.optimizer.synced:
             self._after_sync()
+
+    @torch.no_grad()
+    def _average_rows_in_replica(self) -> None:
+        """At stage 0 the sync averages the recorded numbers of one rank per replica; give it the replica's mean."""
+        assert self.optimizer.sync is not None
+        pending, comm = self.optimizer.sync.rows.pending, self._unsharded
+        if comm is not None and comm.size > 1 and pending:
+            table = torch.tensor(pending, dtype=torch.float64, device=self.engine.device)
+            pending[:] = comm.sum_(table, "rows").div_(comm.size).tolist()
+
+    def _restart_from_weights(self) -> None:
+        """The model was given weights without optimizer states: make replicas and masters agree, and anchor there."""
+        take_masters_from_model(self.engine)
+        assert self.optimizer.sync is not None
+        if not self.optimizer.sync.start():
+            logger.warning("LoRDO: the replicas loaded different weights; all now have those of replica 0")
+        refresh_low_precision(self.engine)
 
     def _after_sync(self) -> None:
         engine = self.engine

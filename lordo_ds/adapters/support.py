@@ -138,7 +138,7 @@ def _unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any) -> list[tu
 
 
 def _model_parallel_size(mpu: Any) -> int:
-    if mpu is None:
+    if mpu is None or not hasattr(mpu, "get_data_parallel_group"):
         return 1
     return int(bwc_tensor_model_parallel_world_size(mpu) * bwc_pipeline_parallel_world_size(mpu))
 
@@ -159,8 +159,8 @@ def _check_zero_init(model: nn.Module, groups: ReplicaGroups) -> None:
         ranks = replica if group is None else dist.get_process_group_ranks(group)
         if ranks != replica:
             raise ConfigError(
-                f"LoRDO: deepspeed.zero.Init partitioned {name} over ranks {ranks}, but the replica is {replica}: hand it "
-                "config_dict_or_path=..., or data_parallel_group=lordo_ds.zero_init_group(config)"
+                f"LoRDO: deepspeed.zero.Init partitioned {name} over ranks {ranks}, but the replica is {replica}: "
+                "hand it config_dict_or_path=..., or data_parallel_group=lordo_ds.zero_init_group(config)"
             )
 
 

@@ -66,9 +66,10 @@ def flat_tensors(engine: Any, facts: Mapping[nn.Parameter, ParameterFacts]) -> l
     for one in stepped:
         for place in one.places:
             if place.parameter not in facts:
+                shape = tuple(_full_shape(place.parameter))
                 raise ConfigError(
-                    f"LoRDO: the optimizer was given a parameter {tuple(_full_shape(place.parameter))} that is not part "
-                    "of the model: make it one, or leave it out"
+                    f"LoRDO: the optimizer was given a parameter {shape} that is not part of the model: "
+                    "make it one, or leave it out"
                 )
     _check_coverage(stepped, facts)
     for one in stepped:
@@ -83,8 +84,8 @@ def _stepped_tensors(engine: Any) -> list[_Stepped]:
     layout = _LAYOUTS.get(type(engine.optimizer))
     if layout is None:
         raise ConfigError(
-            f"LoRDO: DeepSpeed wraps the optimizer in {type(engine.optimizer).__name__}, which is not supported in this "
-            "version: use stage 0, 1, 2 or 3 in fp32, bf16 or fp16 without MoE, ZenFlow, SuperOffload or NVMe"
+            f"LoRDO: DeepSpeed wraps the optimizer in {type(engine.optimizer).__name__}, which is not supported in "
+            "this version: use stage 0, 1, 2 or 3 in fp32, bf16 or fp16 without MoE, ZenFlow, SuperOffload or NVMe"
         )
     return layout(engine.optimizer)
 
@@ -258,6 +259,12 @@ def refresh_low_precision(engine: Any) -> None:
         wrapper.checkpoint_event_epilogue()  # gathers the persistent ones again
     elif type(wrapper) is not LoRDO:
         wrapper.update_lp_params()
+
+
+def take_masters_from_model(engine: Any) -> None:
+    """Give stage 0's masters the model's weights; DeepSpeed 0.19.8 forgets it when it loads weights only."""
+    if type(engine.optimizer) is FP16_UnfusedOptimizer:
+        engine.optimizer.refresh_fp32_params()
 
 
 def gradient_bytes(engine: Any) -> int:

@@ -140,8 +140,8 @@ def _length_in_replica(original: Any) -> Any:
         (length,) = _of_first_rank([len(lst)], group)
         if length != len(lst):
             raise RuntimeError(
-                f"rank {dist.get_rank()} ran {len(lst)} modules or parameters under ZeRO-3, the first rank of its replica "
-                f"{length}: all ranks of a replica must run the same ones"
+                f"rank {dist.get_rank()} ran {len(lst)} modules or parameters under ZeRO-3, the first rank of its "
+                f"replica {length}: all ranks of a replica must run the same ones"
             )
 
     return assert_lst_len_same_as_other_ranks

@@ -67,8 +67,8 @@ def plan_parameters(config: LordoConfig, facts: Iterable[ParameterFacts]) -> lis
     """Plan every parameter; the order is kept.
 
     Raises:
-        ConfigError: a pattern matches no parameter, an included parameter is not a matrix, or nothing is
-            left to project although nothing was excluded on purpose.
+        ConfigError: a pattern matches no parameter, or nothing is left to project although nothing was
+            excluded on purpose.
     """
     facts = list(facts)
     selection = config.low_rank

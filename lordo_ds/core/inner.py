@@ -64,8 +64,12 @@ def with_error(gradient: Tensor, error: Tensor | None) -> Tensor:
 
 
 def advance_moments_(
-    exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, gradient: Tensor, settings: StepSettings
-) -> Update:
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    projected: list[Tensor],
+    gradients: list[Tensor],
+    settings: StepSettings,
+) -> list[Update]:
     """Adam moments of projected coordinates, updated in place, and the coordinates to lift.
 
         u = b1 u + (1-b1) g;  v = b2 v + (1-b2) g^2;  den = sqrt(v/c2) + eps;  N = (u/c1)/den
@@ -74,20 +78,29 @@ def advance_moments_(
     Source: LoRDO, arXiv 2602.04396; quasi-hyperbolic momentum arXiv 1810.06801.
 
     Args:
+        exp_avgs, exp_avg_sqs: one (r, l) of each matrix, at least one; shapes may differ between matrices.
         projected: g = Q^T (G + E), (r, l).
-        gradient: Q^T G, (r, l); the same tensor without error feedback.
+        gradients: Q^T G, (r, l); the same tensors without error feedback.
     """
     b1, b2 = settings.betas
     c1, c2 = settings.bias_corrections
-    exp_avg.lerp_(projected, 1.0 - b1)
-    exp_avg_sq.mul_(b2).addcmul_(projected, projected, value=1.0 - b2)
-    den = (exp_avg_sq / c2).sqrt_().add_(settings.eps)
+    torch._foreach_lerp_(exp_avgs, projected, 1.0 - b1)
+    torch._foreach_mul_(exp_avg_sqs, b2)
+    torch._foreach_addcmul_(exp_avg_sqs, projected, projected, 1.0 - b2)
+    dens = torch._foreach_div(exp_avg_sqs, c2)
+    torch._foreach_sqrt_(dens)
+    torch._foreach_add_(dens, settings.eps)
+    if settings.qh_mode in ("low_rank", "factored"):
+        mixed = torch._foreach_mul(gradients, 1.0 - settings.omega)
+        torch._foreach_add_(mixed, exp_avgs, alpha=settings.omega / c1)
+        torch._foreach_div_(mixed, dens)
+        kept = gradients if settings.qh_mode == "factored" else [None] * len(mixed)
+        return [Update(x, gradient=g) for x, g in zip(mixed, kept, strict=True)]
+    normalised = torch._foreach_div(exp_avgs, dens)
+    torch._foreach_mul_(normalised, (settings.omega if settings.qh_mode == "full_rank" else 1.0) / c1)
     if settings.qh_mode == "none":
-        return Update((exp_avg / den).div_(c1))
-    if settings.qh_mode == "full_rank":
-        return Update((exp_avg / den).mul_(settings.omega / c1), den_mean=den.mean(dim=-2, keepdim=True))
-    mixed = gradient.mul(1.0 - settings.omega).add_(exp_avg, alpha=settings.omega / c1).div_(den)
-    return Update(mixed, gradient=gradient if settings.qh_mode == "factored" else None)
+        return [Update(x) for x in normalised]
+    return [Update(x, den_mean=den.mean(dim=-2, keepdim=True)) for x, den in zip(normalised, dens, strict=True)]
 
 
 def apply_update_(weight: Tensor, gradient: Tensor, basis: Tensor, update: Update, settings: StepSettings) -> None:
@@ -110,17 +123,37 @@ def apply_update_(weight: Tensor, gradient: Tensor, basis: Tensor, update: Updat
         weight.addcdiv_(gradient, update.den_mean, value=-settings.lr * (1.0 - settings.omega))
     if update.gradient is not None:
         assert update.row is not None and update.col is not None and update.mean is not None
-        # A gradient that was always zero has no direction: the residual is zero, not 0/0.
-        share = torch.where(update.mean > 0, update.row / update.mean, torch.zeros_like(update.row))
-        preconditioner = torch.outer(share, update.col).sqrt_().add_(settings.eps)
-        residual = torch.addmm(gradient, basis, update.gradient, alpha=-1.0).div_(preconditioner)
-        residual = torch.where(update.mean > 0, residual, torch.zeros_like(residual))
-        weight.add_(residual, alpha=-settings.lr * (1.0 - settings.omega))
+        # A gradient that was always zero has no direction: its residual is 0/1, not 0/0.
+        share = torch.where(update.mean > 0, update.row / update.mean, 1.0).sqrt_()
+        col = torch.where(update.mean > 0, update.col, 1.0).sqrt_()
+        # Both are laid out in memory like the tile, which may be transposed: mixed layouts take four times as long.
+        preconditioner = torch.mul(share.unsqueeze(1), col, out=torch.empty_like(weight)).add_(settings.eps)
+        residual = torch.addmm(gradient, basis, update.gradient, alpha=-1.0, out=torch.empty_like(weight))
+        weight.addcdiv_(residual, preconditioner, value=-settings.lr * (1.0 - settings.omega))
 
 
 def adamw_step_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: StepSettings) -> None:
     """AdamW on a parameter that is not projected; all but `gradient` are updated in place."""
     b1, b2 = settings.betas
+    if weight.device.type in ("cpu", "cuda"):
+        # What torch.optim.AdamW(fused=True) calls: one pass over memory, where the lines below take a dozen.
+        step = torch.full((), float(settings.step), device=weight.device)
+        torch._fused_adamw_(
+            [weight],
+            [gradient],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [step],
+            lr=settings.lr,
+            beta1=b1,
+            beta2=b2,
+            weight_decay=settings.weight_decay,
+            eps=settings.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        return
     c1, c2 = settings.bias_corrections
     if settings.weight_decay:
         weight.mul_(1.0 - settings.lr * settings.weight_decay)

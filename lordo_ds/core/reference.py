@@ -50,7 +50,13 @@ class Reference:
                 self._bases_before(p, plan, {m: G[p.name] for m, G in executed.items()}, finite)
             for m, G in executed.items():
                 if not p.low_rank or self.state[m][p.name]["Q"] is not None:
-                    self._inner(p, self.weights[m][p.name], G[p.name], self.state[m][p.name], lr or self.config.lr)
+                    self._inner(
+                        p,
+                        self.weights[m][p.name],
+                        G[p.name],
+                        self.state[m][p.name],
+                        self.config.lr if lr is None else lr,
+                    )
         if plan.due:
             self._sync(plan, gradients)
         return plan
@@ -92,6 +98,7 @@ class Reference:
         W, G = (p.orient(weight), p.orient(gradient)) if p.low_rank else (weight, gradient)
         Q = S["Q"] if p.low_rank else None
         A = G + S["E"] if Q is not None and self.config.error_feedback else G
+        S["A"] = A
         g = A if Q is None else Q.T @ A
         if Q is not None and self.config.error_feedback:
             S["E"] = A - Q @ g
@@ -141,11 +148,8 @@ class Reference:
             if p.low_rank and plan.refresh_basis and not (self.config.basis_source == "gradient" and self.own_basis):
                 shared = None if self.own_basis and self.M > 1 else D
                 if self.config.basis_source == "gradient":
-                    parts = [
-                        p.orient(G[p.name]) + (self.state[m][p.name]["E"] if self.config.error_feedback else 0)
-                        for m, G in enumerate(gradients)
-                        if G is not None and m in finite
-                    ]
+                    took_part = [m for m, G in enumerate(gradients) if G is not None and m in finite]
+                    parts = [self.state[m][p.name]["A"] for m in took_part if "A" in self.state[m][p.name]]
                     shared = p.orient(torch.zeros_like(D)) if not parts else torch.stack(parts).mean(0)
                 elif shared is not None:
                     shared = p.orient(shared)

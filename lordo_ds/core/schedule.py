@@ -32,8 +32,8 @@ def sync_plan(config: LordoConfig, step: int) -> SyncPlan:
 
 
 def final_plan(config: LordoConfig, step: int) -> SyncPlan:
-    """A sync forced at `step`, as at the end of training."""
-    return _plan(config, step, step <= config.sync_warmup_steps, True)
+    """A sync forced at `step`, as at the end of training; no gradient was kept for it to refresh a basis from."""
+    return _plan(config, step, step <= config.sync_warmup_steps, config.basis_source != "gradient")
 
 
 def _plan(config: LordoConfig, step: int, warming_up: bool, on_interval: bool) -> SyncPlan:

@@ -26,8 +26,7 @@ def locked(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
         stream = path.open("a")
     except OSError as error:
         raise DataError(
-            f"{path.parent}: cannot hold the data cache ({error.strerror}); "
-            "set LORDO_CACHE to a writable folder"
+            f"{path.parent}: cannot hold the data cache ({error.strerror}); set LORDO_CACHE to a writable folder"
         ) from None
     with stream:
         try:

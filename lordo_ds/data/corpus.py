@@ -175,9 +175,7 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}: line {number}: not JSON ({error.msg} at column {error.colno}); {rule}"
-            ) from None
+            raise DataError(f"{path}: line {number}: not JSON ({error.msg} at column {error.colno}); {rule}") from None
         if not isinstance(record, dict):
             raise DataError(f"{path}: line {number}: a JSON {type(record).__name__}, not an object; {rule}")
         if "text" not in record:

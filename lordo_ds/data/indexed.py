@@ -69,9 +69,7 @@ def read_lengths(prefix: Path) -> tuple[npt.NDArray[np.int32], np.dtype]:
     """Tokens per document, in file order, and the tokens' dtype."""
     raw = prefix.with_suffix(".idx").read_bytes()
     magic, version, code, count, _ = _HEADER.unpack_from(raw)
-    assert magic == _MAGIC and version == _VERSION and code in _DTYPES, (
-        f"{prefix}.idx is not a Megatron index"
-    )
+    assert magic == _MAGIC and version == _VERSION and code in _DTYPES, f"{prefix}.idx is not a Megatron index"
     return np.frombuffer(raw, dtype="<i4", count=count, offset=_HEADER.size), _DTYPES[code]
 
 

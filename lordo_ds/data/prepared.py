@@ -66,9 +66,7 @@ class PreparedData:
     def validation_tokens(self, documents: int) -> npt.NDArray[np.integer]:
         """The tokens of the last `documents` documents."""
         lengths, dtype = read_lengths(self.prefix)
-        return np.memmap(self.prefix.with_suffix(".bin"), dtype=dtype, mode="r")[
-            -int(lengths[-documents:].sum()) :
-        ]
+        return np.memmap(self.prefix.with_suffix(".bin"), dtype=dtype, mode="r")[-int(lengths[-documents:].sum()) :]
 
 
 def prepare(
@@ -92,8 +90,7 @@ def prepare(
         started = time.perf_counter()
         info = _build(folder, corpus, vocab_size)
         say(
-            f"tokenized {info['documents']} documents, {info['tokens']} tokens in "
-            f"{time.perf_counter() - started:.1f} s"
+            f"tokenized {info['documents']} documents, {info['tokens']} tokens in {time.perf_counter() - started:.1f} s"
         )
 
     folder = build_once((cache or default_cache()) / f"data-{key}", build, say)

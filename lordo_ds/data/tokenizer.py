@@ -61,9 +61,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
         DataError: the vocabulary is too small for the characters of the text.
     """
     if vocab_size < SMALLEST_VOCAB:
-        raise DataError(
-            f"vocab_size {vocab_size}: must be at least {SMALLEST_VOCAB} (256 bytes, characters, pieces)"
-        )
+        raise DataError(f"vocab_size {vocab_size}: must be at least {SMALLEST_VOCAB} (256 bytes, characters, pieces)")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

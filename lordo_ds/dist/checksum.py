@@ -38,6 +38,7 @@ def _tensor_checksum(tensor: Tensor) -> Tensor:
 
 def _mix(bits: Tensor) -> Tensor:
     """Every bit of the input moves about half the bits of the output (splitmix64)."""
-    bits = (bits ^ (bits >> 30)) * _MIX_1
-    bits = (bits ^ (bits >> 27)) * _MIX_2
-    return bits ^ (bits >> 31)
+    # torch shifts arithmetically; with the sign repeated, x and ~x would hash alike.
+    bits = (bits ^ ((bits >> 30) & ((1 << 34) - 1))) * _MIX_1
+    bits = (bits ^ ((bits >> 27) & ((1 << 37) - 1))) * _MIX_2
+    return bits ^ ((bits >> 31) & ((1 << 33) - 1))

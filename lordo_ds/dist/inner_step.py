@@ -34,8 +34,9 @@ class _Work:
         return self.fragment.plan.rank
 
     @property
-    def factored(self) -> bool:
-        return self.settings.qh_mode == "factored"
+    def gradient_lines(self) -> Tensor:
+        """Q^T G, without the error."""
+        return self.lines[self.rank : 2 * self.rank] if self.own_gradient_lines else self.lines[: self.rank]
 
     @property
     def on_rows(self) -> bool:
@@ -62,7 +63,7 @@ def step_fragments_(
     if comm.size > 1:
         _sum_borders(works, comm)
         _scatter_columns(works, comm)
-    updates = [_advance(work) for work in works]
+    updates = _advance(works)
     errors = [None if work.fragment.error is None else work.lines[: work.rank] for work in works]
     if comm.size > 1:
         _gather_columns(works, updates, errors, comm)
@@ -154,19 +155,44 @@ def _scatter_columns(works: list[_Work], comm: ShardComm) -> None:
         work.lines = part.view(len(work.lines), -1)[:, : last - first]
 
 
-def _advance(work: _Work) -> Update:
+def _advance(works: list[_Work]) -> list[Update]:
     """Moments of the columns this rank keeps, and the coordinates to lift there."""
-    state, rank = work.fragment.state, work.rank
-    projected = work.lines[:rank]
-    gradient = work.lines[rank : 2 * rank] if work.own_gradient_lines else projected
-    update = advance_moments_(state["exp_avg"], state["exp_avg_sq"], projected, gradient, work.settings)
-    if work.factored:
-        assert work.row_sums is not None
-        beta, (_, c2) = work.settings.betas[1], work.settings.bias_corrections
-        state["row_mean_sq"].lerp_(work.row_sums / work.fragment.plan.other_side, 1.0 - beta)
-        state["col_mean_sq"].lerp_(work.lines[-1] / work.fragment.plan.basis_side, 1.0 - beta)
-        update.row, update.col = state["row_mean_sq"] / c2, state["col_mean_sq"] / c2
-    return update
+    updates: dict[int, Update] = {}
+    for chosen in _stepped_together(works):
+        updates.update(zip(chosen, _advance_together([works[i] for i in chosen]), strict=True))
+    return [updates[i] for i in range(len(works))]
+
+
+def _stepped_together(works: list[_Work]) -> list[list[int]]:
+    """Which matrices take each elementwise operation at once.
+
+    On a GPU, where starting an operation costs more than doing it, all those with equal settings; on a CPU each
+    alone, because what one operation wrote is then still in the cache for the next.
+    """
+    together: dict[object, list[int]] = {}
+    for i, work in enumerate(works):
+        together.setdefault(work.settings if work.lines.is_cuda else i, []).append(i)
+    return list(together.values())
+
+
+def _advance_together(works: list[_Work]) -> list[Update]:
+    settings, states = works[0].settings, [work.fragment.state for work in works]
+    updates = advance_moments_(
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [work.lines[: work.rank] for work in works],
+        [work.gradient_lines for work in works],
+        settings,
+    )
+    if settings.qh_mode == "factored":
+        sums = [work.row_sums for work in works if work.row_sums is not None] + [work.lines[-1] for work in works]
+        sides = [work.fragment.plan.other_side for work in works] + [work.fragment.plan.basis_side for work in works]
+        means = [state[name] for name in ("row_mean_sq", "col_mean_sq") for state in states]
+        torch._foreach_lerp_(means, torch._foreach_div(sums, sides), 1.0 - settings.betas[1])
+        corrected = torch._foreach_div(means, settings.bias_corrections[1])
+        for update, row, col in zip(updates, corrected[: len(works)], corrected[len(works) :], strict=True):
+            update.row, update.col = row, col
+    return updates
 
 
 def _gather_columns(works: list[_Work], updates: list[Update], errors: list[Tensor | None], comm: ShardComm) -> None:
@@ -210,10 +236,10 @@ def _set_gathered(update: Update, errors: list[Tensor | None], i: int, whole: li
 
 def _measure(work: _Work) -> None:
     """Energies of the gradient on this rank, border rows counted once."""
-    fragment, rank = work.fragment, work.rank
+    fragment = work.fragment
     shards = fragment.shards
     assert shards is not None
-    lines = work.lines[rank : 2 * rank] if work.own_gradient_lines else work.lines[:rank]
+    lines = work.gradient_lines
     if not shards.basis_on_rows:
         first = shards.rows(fragment.comm.index)[0]
         owned = shards.owned_rows(fragment.comm.index)
@@ -231,7 +257,7 @@ def _apply(work: _Work, update: Update, projected: Tensor | None) -> None:
         Q, G = fragment.basis[tile.s], tile.view(work.gradient)
         if projected is not None and fragment.error is not None:
             E = tile.view(fragment.error)
-            E.copy_(torch.addmm(with_error(G, E), Q, projected[:, tile.l], alpha=-1.0))
+            E.copy_(with_error(G, E).addmm_(Q, projected[:, tile.l], alpha=-1.0))
         part = Update(
             update.coordinates[:, tile.l],
             None if update.den_mean is None else update.den_mean[:, tile.l],

@@ -13,7 +13,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import WholeMatrix, overlap, refresh_basis, sketch_seed
 from lordo_ds.core.fragments import bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.inner import rotate_moments_, with_error
+from lordo_ds.core.inner import rotate_moments_
 from lordo_ds.core.outer import outer_update, pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.dist.checksum import checksum
@@ -62,6 +62,7 @@ class OuterSync:
         # Ranks of this replica whose rows differ; at stage 0 they hold whole parameters and are no shards.
         self.row_comm = shard
         self._told: set[tuple[str, str]] = set()
+        self._notes: dict[str, str] = {}
 
     # -- start ---------------------------------------------------------------------------------------
 
@@ -116,6 +117,8 @@ class OuterSync:
         self._assert_same("step", flags[:, 0])
         givers = int(flags[:, 1].sum())
         if givers == 0:
+            for item in waiting:  # a replica that skips the next attempt must not apply this one then
+                item.gradient = item.settings = None
             return False
         for item in waiting:
             mean = torch.zeros_like(item.weight)
@@ -154,8 +157,7 @@ class OuterSync:
             level = logging.DEBUG if (item.plan.name, refreshed.note) in self._told else logging.WARNING
             self._told.add((item.plan.name, refreshed.note))
             logger.log(level, "LoRDO: %s of %s at step %d: %s", what, item.plan.name, step, refreshed.note)
-            if self.last_report is not None:
-                self.last_report.basis_notes[item.plan.name] = refreshed.note
+            self._notes[item.plan.name] = refreshed.note
         new = self.shard.broadcast_(refreshed.basis.contiguous(), "basis")
         if old is not None and not refreshed.kept:
             moments = item.state["exp_avg"], item.state["exp_avg_sq"]
@@ -307,7 +309,7 @@ class OuterSync:
             return None  # refreshed inside the due step already
         matrix = torch.zeros_like(item.weight)
         if self.wire.index in gives_gradient and item.gradient is not None:
-            matrix.copy_(with_error(item.gradient, item.error))
+            matrix.copy_(item.gradient)
         return self.wire.sum_(matrix, "gradient").div_(max(1, len(gives_gradient)))
 
     def _reseed(self, participants: list[int], takes_part: bool, step: int) -> None:
@@ -357,6 +359,7 @@ class OuterSync:
 
     def _finish(self, plan: SyncPlan, report: SyncReport, norms: tuple[float, float]) -> None:
         """Prove that the replicas are equal, and average what the report says of them."""
+        report.basis_notes, self._notes = self._notes, {}
         inside, energy = self._gradient_energies()
         if self.shard.size > 1:
             sums = torch.tensor([*norms, inside, energy], dtype=torch.float64, device=self._device)
@@ -398,7 +401,8 @@ class OuterSync:
                 yield one.basis
                 if plan.average_exp_avg:
                     yield one.state["exp_avg"]
-                if plan.average_exp_avg_sq:
+                # Re-expressing v mixes in u: with a u of its own on each replica it differs by right.
+                if plan.average_exp_avg_sq and (plan.average_exp_avg or not plan.refresh_basis):
                     yield one.state["exp_avg_sq"]
 
     def _culprit(self, what: str, plan: SyncPlan | None = None) -> str:

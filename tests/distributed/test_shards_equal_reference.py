@@ -5,6 +5,7 @@ No engine: the flat tensor is cut here as ZeRO cuts its own, so that odd cuts ca
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ def flat_problem(
     for fact in problems.facts():
         numel = torch.Size(fact.shape).numel()
         spans = []
-        for start, stop in zip(edges, edges[1:], strict=False):
+        for start, stop in itertools.pairwise(edges):
             a, b = max(start, at) - at, min(stop, at + numel) - at
             spans.append((a, b) if b > a else (0, 0))
         pieces.append(Piece(fact, tuple(spans), offset=max(0, at - held.start)))

@@ -522,7 +522,7 @@ def refusal(config: dict[str, Any]) -> str:
 
 
 REFUSED = {
-    "misspelt key": ({"rnak": 8}, {}, r'optimizer.params.rnak is not a known key: did you mean "rank"'),
+    "misspelt key": ({"rnak": 8}, {}, r'optimizer.params.rnak = 8 is not a known key: did you mean "rank"'),
     "omega": ({"omega": 1.5}, {}, r"omega = 1.5 must be <= 1.0 \(nearest: 1.0\)"),
     "rank": ({"rank": 0}, {}, r"rank = 0 must be >= 1 \(nearest: 1\)"),
     "replica size": ({"replica_size": 2}, {}, r"must divide the data-parallel size 1 \(nearest: 1\)"),

@@ -67,7 +67,7 @@ def train_net(stage: int, shards: int, micro: int, accumulation: int) -> dict[st
 def all_nets(shards: int) -> dict[tuple[int, int], dict[str, Any]]:
     torch.set_num_threads(1)
     ways = [(4 // shards, 1), (2 // shards, 2)]
-    return {(stage, accumulation): train_net(stage, shards, micro, accumulation) for stage in STAGES for micro, accumulation in ways}
+    return {(stage, n): train_net(stage, shards, micro, n) for stage in STAGES for micro, n in ways}
 
 
 def test_accumulation_clipping_and_unused_parameters_agree_at_every_stage_and_shard_count() -> None:
@@ -85,7 +85,8 @@ def _same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
     assert found["steps"] == expected["steps"] == 7, what
     assert found["norms"] == pytest.approx(expected["norms"], rel=1e-5), what
     for name, weight in found["weights"].items():
-        torch.testing.assert_close(weight, expected["weights"][name].flatten(), rtol=0, atol=2e-6, msg=f"{what}: {name}")
+        whole = expected["weights"][name].flatten()
+        torch.testing.assert_close(weight, whole, rtol=0, atol=2e-6, msg=f"{what}: {name}")
 
 
 def overflow(stage: int, bad_steps: list[int]) -> dict[str, Any]:

@@ -44,7 +44,10 @@ def zero(stage: int, **keys: Any) -> dict[str, Any]:
 
 
 def ladder(shards: int, stage: int, case: dict[str, Any], dtype: str = "fp32", **zero_keys: Any) -> dict[str, Any]:
-    """Largest distance to the reference, relative to each parameter's largest weight, and a digest of the low-precision weights after every step."""
+    """Largest distance to the reference, and a digest of the low-precision weights after every step.
+
+    Distances are relative to each parameter's largest weight.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     config = settings(dtype, {**case, "replica_size": shards}, **zero(stage, **zero_keys))
     engine = make_engine(config)

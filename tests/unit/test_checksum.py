@@ -66,6 +66,15 @@ def test_the_last_bit_of_any_value_is_noticed(dtype: torch.dtype) -> None:
     assert len(seen) == 34
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_complement_of_a_bit_pattern_is_noticed(dtype: torch.dtype) -> None:
+    """x ^ (x >> k) is the same for x and ~x where the shift repeats the sign."""
+    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    one = torch.ones(1, dtype=dtype)
+    other = (~one.view(integers[one.element_size()])).view(dtype)
+    assert checksum([one]) != checksum([other])
+
+
 def test_the_order_of_tensors_and_the_cut_between_them_are_noticed() -> None:
     one, two = random(6, seed=1), random(6, seed=2)
     sums = {

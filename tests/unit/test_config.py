@@ -182,7 +182,10 @@ def test_an_unknown_key_is_answered_in_one_line_with_the_key_that_was_meant(
     params: dict[str, Any], unknown: str, meant: str
 ) -> None:
     message = complaint(params)
-    assert f"optimizer.params.{unknown} is not a known key" in message
+    value: Any = params
+    for part in unknown.split("."):
+        value = value[part]
+    assert f"optimizer.params.{unknown} = {value!r} is not a known key" in message
     assert f'did you mean "{meant}"?' in message and "\n" not in message
 
 

@@ -57,9 +57,7 @@ def quiet(_: str) -> None:
         ("a.txt", b"  \n\n", "a.txt: holds only white space"),
     ],
 )
-def test_bad_text_is_reported_in_one_line_with_its_place(
-    tmp_path: Path, name: str, content: bytes, told: str
-) -> None:
+def test_bad_text_is_reported_in_one_line_with_its_place(tmp_path: Path, name: str, content: bytes, told: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
@@ -76,9 +74,7 @@ def test_a_missing_file_and_a_folder_are_refused_with_the_way_out(tmp_path: Path
         prepare([tmp_path])
 
 
-def test_an_unusable_cache_folder_is_reported_with_the_variable_that_moves_it(
-    tmp_path: Path, jsonl: Path
-) -> None:
+def test_an_unusable_cache_folder_is_reported_with_the_variable_that_moves_it(tmp_path: Path, jsonl: Path) -> None:
     in_the_way = tmp_path / "file"
     in_the_way.write_text("not a folder")
     with pytest.raises(DataError, match="LORDO_CACHE"):
@@ -194,9 +190,7 @@ def test_the_holdout_is_the_asked_share_of_whole_documents(tmp_path: Path, jsonl
 def test_unigram_entropy_is_that_of_the_frequencies() -> None:
     assert unigram_entropy(np.array([4, 4, 4, 4])) == 0
     assert unigram_entropy(np.arange(32, dtype=np.uint16)) == pytest.approx(math.log(32))
-    assert unigram_entropy(np.array([0, 1, 1, 1])) == pytest.approx(
-        -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
-    )
+    assert unigram_entropy(np.array([0, 1, 1, 1])) == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
 
 
 # -- the cache ---------------------------------------------------------------------------------------

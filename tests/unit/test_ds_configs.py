@@ -24,9 +24,7 @@ def test_settings_are_valid(path: Path) -> None:
     if optimizer["type"] == "LoRDO":
         LordoConfig.parse(optimizer["params"])
     else:
-        assert optimizer["type"] == "AdamW" and optimizer["params"]["torch_adam"], (
-            "no CUDA build for a baseline"
-        )
+        assert optimizer["type"] == "AdamW" and optimizer["params"]["torch_adam"], "no CUDA build for a baseline"
 
 
 @pytest.mark.parametrize("name", [*BASELINES, "lordo_recommended"])

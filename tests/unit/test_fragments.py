@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -17,7 +18,7 @@ def matrices(draw: st.DrawFn) -> MatrixShards:
     rows, columns, shards = draw(st.integers(1, 7)), draw(st.integers(1, 9)), draw(st.integers(1, 5))
     cuts = sorted(draw(st.lists(st.integers(0, rows * columns), min_size=shards - 1, max_size=shards - 1)))
     edges = [0, *cuts, rows * columns]
-    intervals = [(a, b) if b > a else (0, 0) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    intervals = [(a, b) if b > a else (0, 0) for a, b in itertools.pairwise(edges)]
     return MatrixShards((rows, columns), draw(st.booleans()), tuple(draw(st.permutations(intervals))))
 
 
@@ -74,7 +75,11 @@ def test_moments_of_every_column_are_kept_by_exactly_one_shard_where_the_basis_i
 
 def test_a_fragment_is_a_tail_whole_rows_and_a_head() -> None:
     tiles = tiles_of(5, (3, 17))
-    assert [(t.row_start, t.row_stop, t.col_start, t.col_stop) for t in tiles] == [(0, 1, 3, 5), (1, 3, 0, 5), (3, 4, 0, 2)]
+    assert [(t.row_start, t.row_stop, t.col_start, t.col_stop) for t in tiles] == [
+        (0, 1, 3, 5),
+        (1, 3, 0, 5),
+        (3, 4, 0, 2),
+    ]
 
 
 @pytest.mark.parametrize("intervals", [((0, 5), (6, 12)), ((0, 7), (6, 12)), ((0, 6), (6, 11)), ((1, 6), (6, 12))])

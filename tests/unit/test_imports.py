@@ -69,9 +69,7 @@ def imported_modules(source: str, module: str, is_package: bool = False) -> set[
             "import_module",
             "__import__",
         ):
-            found.update(
-                a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
-            )
+            found.update(a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str))
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
@@ -99,9 +97,7 @@ def violations(module: str, imported: set[str]) -> list[str]:
     """What a module imports against the rules; [] if it keeps them."""
     wrong = []
     for outside, allowed in ALLOWED.items():
-        if any(is_in(name, outside) for name in imported) and not any(
-            is_in(module, part) for part in allowed
-        ):
+        if any(is_in(name, outside) for name in imported) and not any(is_in(module, part) for part in allowed):
             wrong.append(f"{module} imports {outside}; only {', '.join(allowed)} may")
     layer = next((i for i, part in enumerate(LAYERS) if is_in(module, part)), None)
     if layer is not None:

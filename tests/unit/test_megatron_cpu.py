@@ -35,9 +35,7 @@ TINY = GptConfig(
 )
 VARIANTS = {
     "llama-like": TINY,
-    "gpt2-like": replace(
-        TINY, activation="gelu", normalization="LayerNorm", position_embedding="learned", bias=True
-    ),
+    "gpt2-like": replace(TINY, activation="gelu", normalization="LayerNorm", position_embedding="learned", bias=True),
     "grouped queries, own head": replace(TINY, num_query_groups=2, qk_layernorm=True, tie_embeddings=False),
     "dropout": replace(TINY, dropout=0.2),
     "dropout, recomputed": replace(TINY, dropout=0.2, recompute=True),
@@ -76,9 +74,7 @@ def test_a_changed_function_is_refused_and_then_nothing_is_patched(monkeypatch: 
 
     monkeypatch.setattr(fused_softmax, "get_default_causal_mask", lambda sq, device: None)
     before = patched_functions()
-    with pytest.raises(
-        MegatronMismatchError, match=r"get_default_causal_mask takes \(sq, device\), .* \(sq\)"
-    ):
+    with pytest.raises(MegatronMismatchError, match=r"get_default_causal_mask takes \(sq, device\), .* \(sq\)"):
         cpu.install()
     assert patched_functions() == before
     monkeypatch.delattr(fused_softmax, "get_default_causal_mask")
@@ -127,9 +123,7 @@ def start(tensor_parallel: int = 1, seed: int = 7) -> None:
 
 
 def batch() -> dict[str, torch.Tensor]:
-    ids = torch.randint(
-        0, TINY.vocab_size, (3, TINY.seq_length + 1), generator=torch.Generator().manual_seed(1)
-    )
+    ids = torch.randint(0, TINY.vocab_size, (3, TINY.seq_length + 1), generator=torch.Generator().manual_seed(1))
     return {
         "tokens": ids[:, :-1],
         "labels": ids[:, 1:].contiguous(),
@@ -205,8 +199,6 @@ def test_the_weights_depend_on_the_seed_alone_and_not_on_the_tensor_parallel_siz
         run_ranks(loss_and_a_matrix, 1, 1, 8)[0],
     )
     halves = run_ranks(loss_and_a_matrix, 2, 2, 7)
-    assert torch.equal(
-        torch.cat([half for _, half in halves], dim=1), matrix
-    )  # row-parallel: cut along columns
+    assert torch.equal(torch.cat([half for _, half in halves], dim=1), matrix)  # row-parallel: cut along columns
     assert halves[0][0] == halves[1][0] == pytest.approx(loss, abs=1e-6)
     assert loss_of_another != loss

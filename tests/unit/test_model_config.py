@@ -46,9 +46,7 @@ TINY: dict[str, Any] = {
         ({"hidden_size": 12}, "rope needs an even quotient"),
     ],
 )
-def test_a_wrong_key_or_value_is_told_with_its_rule(
-    tmp_path: Path, changes: dict[str, Any], told: str
-) -> None:
+def test_a_wrong_key_or_value_is_told_with_its_rule(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     import yaml
 
     path = tmp_path / "model.yaml"
@@ -89,9 +87,7 @@ def test_an_int_is_a_fine_float_and_defaults_apply() -> None:
 
 def parameters_of(config: GptConfig) -> int:
     """Weights of a bias-free, tied, gated model without grouped queries."""
-    layer = (
-        4 * config.hidden_size**2 + 3 * config.hidden_size * config.ffn_hidden_size + 2 * config.hidden_size
-    )
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.ffn_hidden_size + 2 * config.hidden_size
     return config.num_layers * layer + config.hidden_size + config.vocab_size * config.hidden_size
 
 

@@ -1,0 +1,121 @@
+"""Skipped steps and non-finite gradients, under settings drawn at random: two replicas follow `reference.py`."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lordo_ds import LoRDO, LordoConfig
+from lordo_ds.core.grouping import plan_parameters
+from lordo_ds.core.reference import Reference
+from tests import problems
+from tests.ranks import run_ranks
+
+STEPS = 9
+DTYPE = torch.float64
+OUTERS: list[dict[str, Any]] = [
+    {},
+    {"lr": 0.7, "momentum": 0.7},
+    {"lr": 0.5, "momentum": 0.3, "nesterov": False},
+]
+Faults = set[tuple[int, int]]  # (attempted step, replica)
+
+
+def drawn_settings(draw: random.Random) -> dict[str, Any]:
+    interval = draw.choice([1, 2, 3, 4])
+    settings = {
+        "lr": 1e-2,
+        "eps": 1e-2,
+        "weight_decay": draw.choice([0.0, 0.1]),
+        "rank": draw.choice([1, 2, 3, "1/2", 64]),
+        "sync_interval": interval,
+        "moment_sync_interval": draw.choice([None, "never", [interval, 2 * interval], [2 * interval, interval]]),
+        "sync_warmup_steps": draw.choice([0, 0, 3]),
+        "qh_mode": draw.choice(["full_rank", "factored", "low_rank", "none"]),
+        "omega": draw.choice([0.0, 0.3, 0.9]),
+        "error_feedback": draw.choice([False, "fp32"]),
+        "basis_source": draw.choice(["pseudo_gradient", "complement", "gradient"]),
+        "basis_update": draw.choice(["power", "eigh", "svd"]),
+        "projection": draw.choice(["global", "global", "local"]),
+        "average_dense_moments": draw.choice([True, False]),
+        "outer": draw.choice(OUTERS),
+        "max_nonfinite_syncs": 99,
+    }
+    if settings["basis_source"] == "complement" and settings["qh_mode"] in ("low_rank", "none"):
+        settings["qh_mode"] = "full_rank"
+    return settings
+
+
+def first_difference(settings: dict[str, Any], skips: Faults, nans: Faults) -> str:
+    """Where this rank first leaves the reference, "" if nowhere. Skipping is what an fp16 overflow does."""
+    replica, replicas = dist.get_rank(), dist.get_world_size()
+    named = [(name, torch.nn.Parameter(w)) for name, w in problems.initial_weights(DTYPE).items()]
+    optimizer = LoRDO(named, **settings)
+    optimizer._attach_alone()
+    optimizer.managed = True  # the engine's way: step() where a step is executed, end_attempt() always
+    config = LordoConfig.parse(settings)
+    plans = plan_parameters(config, problems.facts())
+    reference = Reference(config, plans, [problems.initial_weights(DTYPE) for _ in range(replicas)])
+    found = ""
+    for step in range(1, STEPS + 1):
+        gradients: list[Any] = []
+        for m in range(replicas):
+            scale = float("nan") if (step, m) in nans else 1.0
+            gradient = {name: scale * g for name, g in problems.gradients(step, m, DTYPE).items()}
+            gradients.append(None if (step, m) in skips else gradient)
+        if gradients[replica] is not None:
+            for name, parameter in named:
+                parameter.grad = gradients[replica][name].clone()
+            optimizer.step()
+        optimizer.end_attempt()
+        reference.step(gradients)
+        for name, parameter in named:
+            ours, theirs = parameter.detach(), reference.weights[replica][name]
+            if not torch.allclose(ours, theirs, rtol=0, atol=1e-6, equal_nan=True):
+                found = found or f"{name} at step {step} on replica {replica}: {(ours - theirs).abs().max():.1e}"
+            counts = optimizer.state[parameter][name]["step"], reference.state[replica][name]["t"]
+            if counts[0] != counts[1]:
+                found = found or f"{name} at step {step} on replica {replica}: t is {counts[0]}, not {counts[1]}"
+    return found
+
+
+def differences_of_draws(seeds: range) -> dict[str, str]:
+    torch.set_num_threads(1)
+    logging.getLogger("lordo_ds").setLevel(logging.CRITICAL)
+    found = {}
+    for seed in seeds:
+        draw = random.Random(seed)
+        settings = drawn_settings(draw)
+        everywhere = [(step, m) for step in range(1, STEPS + 1) for m in range(dist.get_world_size())]
+        skips = {place for place in everywhere if draw.random() < 0.25}
+        nans = {place for place in everywhere if seed % 2 and draw.random() < 0.12}
+        found[f"{settings}, skips {sorted(skips)}, nans {sorted(nans)}"] = first_difference(settings, skips, nans)
+    return found
+
+
+@pytest.mark.distributed
+def test_skips_and_non_finite_gradients_under_settings_drawn_at_random_follow_the_reference() -> None:
+    for differences in run_ranks(differences_of_draws, 2, seeds=range(24), timeout_s=240):
+        for what, difference in differences.items():
+            assert not difference, f"{difference}, with {what}"
+
+
+@pytest.mark.distributed
+def test_a_first_step_that_no_replica_could_use_is_not_applied_when_a_replica_skips_the_second() -> None:
+    """It waited for its basis, which came a step later from the other replica, and was then applied: NaN."""
+    settings = {"lr": 1e-2, "eps": 1e-2, "rank": 2, "sync_interval": 4, "low_rank": {"exclude": ["bias"]}}
+    nans = {(1, 0), (1, 1)}
+    found = run_ranks(first_difference, 2, settings=settings, skips={(2, 0)}, nans=nans, timeout_s=60)
+    assert found == ["", ""]
+
+
+@pytest.mark.distributed
+def test_the_second_moment_may_be_averaged_more_often_than_the_first() -> None:
+    """Re-expressing v mixes in each replica's own u, so v then differs by right: no reason to stop the run."""
+    settings = {"lr": 1e-2, "eps": 1e-2, "rank": 2, "sync_interval": 2, "moment_sync_interval": [4, 2]}
+    assert run_ranks(first_difference, 2, settings=settings, skips=set(), nans=set(), timeout_s=60) == ["", ""]
