@@ -81,12 +81,8 @@ _PATCHES = (
     _Patch(_RANDOM, "_set_cuda_rng_state", ("new_state", "device", "graph_safe"), _set_rng_state),
     _Patch(_UTILS, "get_default_causal_mask", ("sq",), _causal_mask),
     _Patch(_SOFTMAX, "get_default_causal_mask", ("sq",), _causal_mask),
-    _Patch(
-        _UTILS, "get_sliding_window_causal_mask", ("sq", "skv", "window_size"), _sliding_window_causal_mask
-    ),
-    _Patch(
-        _SOFTMAX, "get_sliding_window_causal_mask", ("sq", "skv", "window_size"), _sliding_window_causal_mask
-    ),
+    _Patch(_UTILS, "get_sliding_window_causal_mask", ("sq", "skv", "window_size"), _sliding_window_causal_mask),
+    _Patch(_SOFTMAX, "get_sliding_window_causal_mask", ("sq", "skv", "window_size"), _sliding_window_causal_mask),
 )
 
 _originals: list[tuple[Any, _Patch, Callable[..., Any]]] = []
@@ -125,9 +121,7 @@ def uninstall() -> None:
     """
     for module, patch, _ in _originals:
         if getattr(module, patch.name) is not patch.replacement:
-            raise MegatronMismatchError(
-                f"{patch.module}.{patch.name} was patched again; undo that patch first"
-            )
+            raise MegatronMismatchError(f"{patch.module}.{patch.name} was patched again; undo that patch first")
     for module, patch, original in _originals:
         setattr(module, patch.name, original)
     _originals.clear()

@@ -141,9 +141,7 @@ class CollectiveCounter:
             if method in _PEER_METHODS:
                 ranks = [dist.get_rank(), dist.get_global_rank(group, values[1])]
             public_op, where = _caller(op)
-            self.records.append(
-                Record(public_op, tuple(sorted(set(ranks))), payload_bytes, self._phase, where)
-            )
+            self.records.append(Record(public_op, tuple(sorted(set(ranks))), payload_bytes, self._phase, where))
             return original(group, *args, **kwargs)
 
         return recorded

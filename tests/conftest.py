@@ -87,9 +87,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     in_ci = os.environ.get("CI", "").lower() in ("1", "true")
     if not in_ci or exitstatus != pytest.ExitCode.OK or session.config.getoption("collectonly"):
         return
-    empty = [
-        suite for suite in SUITES_REQUIRED_IN_CI if _selected(session, suite) and not _ran(session, suite)
-    ]
+    empty = [suite for suite in SUITES_REQUIRED_IN_CI if _selected(session, suite) and not _ran(session, suite)]
     if empty:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
         session.config.stash[_EMPTY_SUITES] = empty
@@ -106,9 +104,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def _selected(session: pytest.Session, suite: str) -> bool:
     """Whether tests of a suite were to run, those apart that CI is not expected to run."""
     return any(
-        item.get_closest_marker(suite)
-        and not item.get_closest_marker("slow")
-        and not item.get_closest_marker("gpu")
+        item.get_closest_marker(suite) and not item.get_closest_marker("slow") and not item.get_closest_marker("gpu")
         for item in session.items
     )
 

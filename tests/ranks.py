@@ -55,9 +55,7 @@ class RankFailedError(RuntimeError):
     deadline ended the run.
     """
 
-    def __init__(
-        self, message: str, rank: int, error_type: str = "", signal: int = 0, timed_out: bool = False
-    ) -> None:
+    def __init__(self, message: str, rank: int, error_type: str = "", signal: int = 0, timed_out: bool = False) -> None:
         super().__init__(message)
         self.rank = rank
         self.error_type = error_type

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from deepspeed.utils import groups as deepspeed_groups
 
 from lordo_ds.adapters import stage0
@@ -63,8 +62,6 @@ class EngineHook:
         self.optimizer: LoRDO = engine.basic_optimizer
         self.row_keys: list[str] = []
         self._ddp_bytes_per_step = 0
-        # Ranks of a replica that the sync does not see together, because each steps whole parameters.
-        self._unsharded: ShardComm | None = None
 
     @classmethod
     def attach(cls, engine: Any, groups: ReplicaGroups, training_data: Any) -> EngineHook:
@@ -87,9 +84,7 @@ class EngineHook:
     def _attach_optimizer(self, engine: Any) -> None:
         groups, facts = self.groups, model_facts(engine.module)
         wire = ReplicaWire(groups.replica if groups.layout.replica_count > 1 else None)
-        shard = ShardComm(groups.shard if groups.layout.replica_size > 1 else None)
-        if not engine.zero_optimization():
-            self._unsharded, shard = shard, ShardComm()
+        replica = ShardComm(groups.shard if groups.layout.replica_size > 1 else None)
         flats = flat_tensors(engine, facts)
         names = {piece.facts.name for flat in flats for piece in flat.pieces}
         trained = {parameter for parameter, fact in facts.items() if fact.name in names}
@@ -104,9 +99,10 @@ class EngineHook:
             )
         equalise_untrained(engine, trained, wire)
         with stepped_tensors_in_groups(engine):
-            self.optimizer.attach(flats, wire, shard)
+            # At stage 0 every rank of a replica steps whole parameters; what it records is its own all the same.
+            self.optimizer.attach(flats, wire, replica if engine.zero_optimization() else ShardComm())
         assert self.optimizer.sync is not None
-        self.optimizer.sync.row_comm = ShardComm(groups.shard if groups.layout.replica_size > 1 else None)
+        self.optimizer.sync.row_comm = replica
         refresh_low_precision(engine)
 
     # -- what users and the training script read -----------------------------------------------------
@@ -172,7 +168,6 @@ class EngineHook:
 
     def finish(self) -> None:
         """Sync unless the last step ended in one, so that all replicas hold the same weights. Collective."""
-        self._average_rows_in_replica()
         if self.optimizer.final_sync():
             self._after_sync()
             refresh_low_precision(self.engine)
@@ -235,8 +230,6 @@ class EngineHook:
         engine.clip_fp32_gradients = functools.partial(stage0.clip_fp32_gradients, engine)
 
     def _end_attempt(self) -> None:
-        if self.optimizer.next_sync_in == 1:
-            self._average_rows_in_replica()
         # DeepSpeed has moved the schedule if it executed this step.
         scheduled = self.optimizer.executed_steps + int(self.engine.was_step_applied())
         if self.optimizer.end_attempt():
@@ -247,15 +240,6 @@ class EngineHook:
                 self.engine.lr_scheduler.step()
         if self.optimizer.synced:
             self._after_sync()
-
-    @torch.no_grad()
-    def _average_rows_in_replica(self) -> None:
-        """At stage 0 the sync averages the recorded numbers of one rank per replica; give it the replica's mean."""
-        assert self.optimizer.sync is not None
-        pending, comm = self.optimizer.sync.rows.pending, self._unsharded
-        if comm is not None and comm.size > 1 and pending:
-            table = torch.tensor(pending, dtype=torch.float64, device=self.engine.device)
-            pending[:] = comm.sum_(table, "rows").div_(comm.size).tolist()
 
     def _restart_from_weights(self) -> None:
         """The model was given weights without optimizer states: make replicas and masters agree, and anchor there."""

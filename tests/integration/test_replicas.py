@@ -1,0 +1,750 @@
+"""Replicas of several ranks: 2 replicas x 2 shards at every ZeRO stage."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import utils as zero_utils
+from torch import Tensor, nn
+
+import lordo_ds
+from lordo_ds import ConfigError
+from lordo_ds.adapters.zero_init import zero_init_group
+from tests import problems
+from tests.collectives import CollectiveCounter
+from tests.engines import GivenGradients, make_engine, settings, train_step, weights
+from tests.ranks import RankFailedError, run_ranks
+
+pytestmark = [pytest.mark.deepspeed, pytest.mark.distributed]
+
+STAGES = (0, 1, 2, 3)
+PLAIN = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+
+
+def zero(stage: int, **keys: Any) -> dict[str, Any]:
+    """The keys of a stage; at stage 3 the biases persist and sub-groups hold a few parameters each."""
+    small = {"stage3_param_persistence_threshold": 10, "sub_group_size": 60} if stage == 3 else {}
+    return {"zero_optimization": {"stage": stage, **small, **keys}}
+
+
+def config_of(stage: int, dtype: str = "fp32", optimizer: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    return settings(dtype, {"replica_size": 2, **(optimizer or {})}, **zero(stage), **keys)
+
+
+def at_each_stage(function: str, *args: Any) -> dict[int, Any]:
+    return {stage: globals()[function](stage, *args) for stage in STAGES}
+
+
+@functools.cache
+def of_all_stages(function: str, *args: Any) -> list[dict[int, Any]]:
+    """What a function returns at every stage, by rank; all stages in one launch of 4 ranks."""
+    return run_ranks(at_each_stage, 4, function, *args, timeout_s=240)
+
+
+def model_weights(engine: Any) -> dict[str, Tensor]:
+    """Copies of what the model computes with, whole, in its own precision."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found[name] = parameter.detach().clone()
+    return found
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- who is equal to whom, and what crosses ----------------------------------------------------------
+
+
+def trained(stage: int, dtype: str) -> dict[str, Any]:
+    """Per step: the masters, the model's weights, and where crossing collectives were called from."""
+    with CollectiveCounter() as counter:
+        engine = make_engine(config_of(stage, dtype))
+        steps, crossing = [], []
+        for step in range(1, 8):
+            counter.phase(f"step {step}")
+            train_step(engine, step)
+            counter.phase("reading")
+            steps.append((weights(engine), model_weights(engine)))
+            records = counter.crossing(lambda rank: rank // 2, phase=f"step {step}")
+            crossing.append([record.where for record in records])
+    facts = {
+        "steps": steps,
+        "crossing": crossing,
+        "inside": len(counter.select(phase="step 5")),
+        "status": lordo_ds.status(engine),
+        "dp_world_size": engine.dp_world_size,
+        "wrapper": type(engine.optimizer).__name__,
+    }
+    engine.destroy()
+    return facts
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_of_a_replica_are_equal_and_replicas_differ_between_syncs(stage: int, dtype: str) -> None:
+    first, second, third, fourth = [found[stage] for found in of_all_stages("trained", dtype)]
+    for step in range(1, 8):
+        (a, a_low), (b, b_low), (c, c_low), (d, d_low) = (f["steps"][step - 1] for f in (first, second, third, fourth))
+        assert same(a, b) and same(c, d) and same(a_low, b_low) and same(c_low, d_low), f"step {step}"
+        assert same(a, c) == same(a_low, c_low) == (step % 3 == 0), f"step {step}"
+        for name, weight in a.items():
+            assert torch.equal(weight.to(a_low[name].dtype), a_low[name]), f"step {step}, {name}"
+    assert first["status"]["replicas"] == 2 and first["status"]["shard_size"] == 2
+    assert first["dp_world_size"] == 2
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_the_sync_crosses_replicas(stage: int, dtype: str) -> None:
+    """At stage 3 the first steps include DeepSpeed's check that all ranks run the same modules."""
+    for found in of_all_stages("trained", dtype):
+        assert found[stage]["inside"] > 0
+        for step, callers in enumerate(found[stage]["crossing"], start=1):
+            # Step 1 ends in the first basis; the sync interval is 3.
+            assert bool(callers) == (step == 1 or step % 3 == 0), f"step {step}: {callers}"
+            assert all("/lordo_ds/dist/" in caller for caller in callers), f"step {step}: {callers}"
+
+
+def plain_average(stage: int, dtype: str) -> dict[str, Tensor]:
+    """One replica of all ranks, nothing projected."""
+    optimizer = {"replica_size": "all", "low_rank": {"exclude": [".*"]}}
+    engine = make_engine(config_of(stage, dtype, optimizer))
+    for step in range(1, 6):
+        train_step(engine, step)
+    found = weights(engine)
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_replica_of_all_ranks_averages_over_all(stage: int) -> None:
+    found = of_all_stages("plain_average", "fp32")
+    assert all(same(found[0][stage], other[stage]) for other in found)
+    for name, weight in found[0][0].items():
+        torch.testing.assert_close(found[0][stage][name], weight, rtol=0, atol=1e-6)
+
+
+# -- starting equal ----------------------------------------------------------------------------------
+
+
+class WithFrozenAndBuffers(GivenGradients):
+    """Other values on every rank; `small` and `frozen_small` persist at stage 3, `frozen` does not."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(scale=1.0 + seed)
+        self.frozen = nn.Parameter(torch.full((4, 7), float(seed)), requires_grad=False)
+        self.frozen_small = nn.Parameter(torch.full((3,), float(seed)), requires_grad=False)
+        self.register_buffer("table", torch.full((4, 2), float(seed)).T)
+        self.register_buffer("flags", torch.tensor([seed % 2 == 1, True]))
+        self.register_buffer("count", torch.tensor(seed))
+
+    def forward(self, gradients: dict[str, Tensor]) -> Tensor:
+        terms = [(p.float() * gradients[n].float()).sum() for n, p in self.named_parameters() if n in gradients]
+        return sum(terms)  # type: ignore[return-value]
+
+
+def started(stage: int, dtype: str) -> dict[str, Any]:
+    engine = make_engine(config_of(stage, dtype), WithFrozenAndBuffers(seed=dist.get_rank() + 1))
+    train_step(engine, 1, spoil=0.0)
+    found = {
+        "model": model_weights(engine),
+        "buffers": {name: buffer.clone() for name, buffer in engine.module.named_buffers()},
+    }
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_replicas_start_with_the_weights_of_the_first(stage: int, dtype: str) -> None:
+    """DeepSpeed equalises the parameters of a replica, not its buffers: those follow the same shard of the first."""
+    ranks = [found[stage] for found in of_all_stages("started", dtype)]
+    for rank in ranks[1:]:
+        assert same(ranks[0]["model"], rank["model"])
+    assert float(ranks[3]["model"]["frozen"][0, 0]) == 1.0 and float(ranks[3]["model"]["frozen_small"][0]) == 1.0
+    assert same(ranks[0]["buffers"], ranks[2]["buffers"]) and same(ranks[1]["buffers"], ranks[3]["buffers"])
+    assert int(ranks[2]["buffers"]["count"]) == 1 and ranks[2]["buffers"]["table"].shape == (2, 4)
+
+
+# -- batch keys and data -----------------------------------------------------------------------------
+
+BATCH_KEYS: list[dict[str, int]] = [
+    {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3},
+    {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 2},
+    {"train_batch_size": 24, "gradient_accumulation_steps": 3},
+    {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3},
+    {"train_batch_size": 8},
+]
+
+
+def batch_meaning(stage: int) -> list[list[dict[str, Any]]]:
+    found = []
+    for keys in BATCH_KEYS:
+        pair = []
+        for kind in ("LoRDO", "AdamW"):
+            config = {**config_of(stage), **keys}
+            if "train_micro_batch_size_per_gpu" not in keys:
+                del config["train_micro_batch_size_per_gpu"]
+            if kind == "AdamW":
+                config["optimizer"] = PLAIN
+            given = copy.deepcopy(config)
+            engine = make_engine(config)
+            for micro_step in range(2 * engine.gradient_accumulation_steps()):
+                train_step(engine, micro_step)
+            facts = {
+                "accumulation": engine.gradient_accumulation_steps(),
+                "micro": engine.train_micro_batch_size_per_gpu(),
+                "train_batch_size": engine.train_batch_size(),
+                "global_samples": engine.global_samples,
+                "global_steps": engine.global_steps,
+                "timer": engine.tput_timer.batch_size,
+                "config_untouched": config == given and engine.config is config,
+            }
+            engine.set_train_batch_size(32)
+            facts["accumulation_of_32"] = engine.gradient_accumulation_steps()
+            engine.set_train_micro_batch_size(5)
+            facts["train_batch_size_of_5"] = engine.train_batch_size()
+            pair.append(facts)
+            engine.destroy()
+            del engine
+        found.append(pair)
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_batch_keys_mean_what_plain_deepspeeds_mean(stage: int) -> None:
+    for found in of_all_stages("batch_meaning"):
+        for keys, (ours, plain) in zip(BATCH_KEYS, found[stage], strict=True):
+            assert ours == plain, keys
+            assert ours["config_untouched"]
+
+
+class Numbers(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor(index)
+
+
+def samples_seen(stage: int) -> list[list[int]]:
+    config = {**config_of(stage), "train_micro_batch_size_per_gpu": 2}
+    engine, _, loader, _ = deepspeed.initialize(model=GivenGradients(), config=config, training_data=Numbers())
+    evaluation = engine.deepspeed_io(Numbers(), route="eval")
+    assert loader.batch_size == evaluation.batch_size == 2
+    # Iterating the loaders would start DeepSpeed's worker processes, two per rank.
+    samplers = (loader.data_sampler, evaluation.data_sampler, lordo_ds.data_sampler(Numbers(), engine))
+    engine.destroy()
+    return [list(sampler) for sampler in samplers]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_rank_of_every_replica_reads_its_own_samples(stage: int) -> None:
+    for lists in zip(*(found[stage] for found in of_all_stages("samples_seen")), strict=True):
+        assert sorted(i for one in lists for i in one) == list(range(32))
+
+
+def recorded_rows(stage: int) -> list[list[dict[str, float]]]:
+    engine = make_engine(config_of(stage))
+    hook = lordo_ds.hook(engine)
+    assert hook is not None
+    batches = []
+    for step in range(1, 6):
+        train_step(engine, step)
+        hook.record(loss=step + 10.0 * dist.get_rank(), grad_norm=2.0)
+        batches.append(hook.averaged_rows())
+    hook.finish()
+    batches.append(hook.averaged_rows())
+    engine.destroy()
+    return batches
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recorded_numbers_are_averaged_over_all_ranks_of_all_replicas(stage: int) -> None:
+    for found in of_all_stages("recorded_rows"):
+        losses = [[row["loss"] for row in rows] for rows in found[stage]]
+        assert losses == [[], [], [16.0, 17.0], [], [], [18.0, 19.0, 20.0]]
+
+
+# -- skipped steps and loss scales -------------------------------------------------------------------
+
+
+def overflowing(stage: int) -> dict[str, Any]:
+    """fp16; one rank of the second replica overflows at steps 1, 4 and 6."""
+    schedule = {"type": "WarmupLR", "params": {"warmup_num_steps": 50, "warmup_max_lr": 1e-2}}
+    engine = make_engine(config_of(stage, "fp16", scheduler=schedule))
+    train_norms = []
+    for step in range(1, 10):
+        bad = dist.get_rank() == 3 and step in (1, 4, 6)
+        train_step(engine, step, spoil=math.inf if bad else None)
+        train_norms.append(float(engine.get_global_grad_norm()))
+    facts = {
+        "skipped": engine.skipped_steps,
+        "steps": engine.global_steps,
+        "lr": engine.get_lr()[0],
+        "status": lordo_ds.status(engine),
+        "weights": weights(engine),
+        "model": model_weights(engine),
+        "norms": train_norms,
+    }
+    engine.destroy()
+    return facts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_on_one_rank_skips_its_replica_and_keeps_the_replicas_in_step(stage: int) -> None:
+    ranks = [found[stage] for found in of_all_stages("overflowing")]
+    assert [rank["skipped"] for rank in ranks] == [0, 0, 3, 3]
+    for rank in ranks:
+        assert rank["steps"] == 9 and rank["status"]["syncs"] == 3 and rank["status"]["executed_steps"] == 9
+        assert rank["lr"] == ranks[0]["lr"]
+        assert same(rank["weights"], ranks[0]["weights"]) and same(rank["model"], ranks[0]["model"])
+        assert all(torch.isfinite(weight).all() for weight in rank["weights"].values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp16_gradients_are_unscaled_exactly_once(stage: int) -> None:
+    for rank, found in enumerate(of_all_stages("overflowing")):
+        for step, norm in enumerate(found[stage]["norms"], start=1):
+            if rank > 1 and step in (1, 4, 6):
+                assert math.isinf(norm)
+                continue
+            pair = [problems.gradients(step, r, torch.float32) for r in ((0, 1) if rank < 2 else (2, 3))]
+            mean = torch.cat([torch.stack([g[name] for g in pair]).mean(0).flatten() for name in pair[0]])
+            assert norm == pytest.approx(float(mean.norm()), rel=2e-3), f"step {step}"
+
+
+# -- checkpoints -------------------------------------------------------------------------------------
+
+
+def saved_and_resumed(stage: int, folder: str, dtype: str) -> dict[str, Any]:
+    schedule = {"type": "WarmupLR", "params": {"warmup_num_steps": 20}}
+    config = config_of(stage, dtype, {"error_feedback": "fp32", "outer": {"momentum": 0.7}}, scheduler=schedule)
+    path = os.path.join(folder, f"{dtype}_{stage}")
+    straight = make_engine(copy.deepcopy(config))
+    for step in range(1, 9):
+        train_step(straight, step)
+        if step == 4:
+            straight.save_checkpoint(path, client_state={"samples": 7})
+            at_save = weights(straight)
+    expected, sent = weights(straight), lordo_ds.status(straight)["bytes_sent_total"]
+    straight.destroy()
+    resumed = make_engine(copy.deepcopy(config), GivenGradients(scale=3.0))
+    _, client = resumed.load_checkpoint(path)
+    assert client["samples"] == 7
+    for step in range(5, 9):
+        train_step(resumed, step)
+    facts = {
+        "bitwise": same(weights(resumed), expected),
+        "bytes_equal": lordo_ds.status(resumed)["bytes_sent_total"] == sent,
+        "at_save": at_save,
+    }
+    resumed.destroy()
+    return facts
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_resuming_is_bitwise(checkpoints: Path, stage: int, dtype: str) -> None:
+    for found in of_all_stages("saved_and_resumed", str(checkpoints), dtype):
+        assert found[stage]["bitwise"] and found[stage]["bytes_equal"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_replica_has_its_own_files_under_one_tag(checkpoints: Path, stage: int) -> None:
+    of_all_stages("saved_and_resumed", str(checkpoints), "bf16")
+    folder = checkpoints / f"bf16_{stage}"
+    assert (folder / "latest").read_text() == "global_step4"
+    assert sorted(p.name for p in (folder / "global_step4").iterdir()) == ["replica_0", "replica_1"]
+    model = (
+        [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(2)]
+        if stage == 3
+        else ["mp_rank_00_model_states.pt"]
+    )
+    states = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)] if stage else []
+    for replica in range(2):
+        found = sorted(p.name for p in (folder / "global_step4" / f"replica_{replica}").iterdir())
+        assert found == sorted(model + states)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_own_script_makes_plain_weights_of_a_replica(checkpoints: Path, stage: int) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    ranks = of_all_stages("saved_and_resumed", str(checkpoints), "fp32")
+    folder = checkpoints / f"fp32_{stage}"
+    for replica in range(2):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=f"global_step4/replica_{replica}")
+        assert same({name: weight.clone() for name, weight in found.items()}, ranks[2 * replica][stage]["at_save"])
+
+
+RESUMED_WITH: dict[str, dict[str, Any]] = {
+    "stage 1, fp32 accumulation": {**zero(1), "data_types": {"grad_accum_dtype": "fp32"}},
+    "stage 2, round robin, aligned": zero(2, round_robin_gradients=True, parameter_alignment=True),
+    "stage 2, offloaded": zero(2, offload_optimizer={"device": "cpu", "pin_memory": False}),
+    "stage 3, offloaded": zero(3, offload_optimizer={"device": "cpu", "pin_memory": False}),
+}
+
+
+def resumed_with_options(folder: str) -> dict[str, bool]:
+    found = {}
+    for option, keys in RESUMED_WITH.items():
+        config = settings("bf16", {"replica_size": 2}, **keys)
+        straight = make_engine(copy.deepcopy(config))
+        for step in range(1, 7):
+            train_step(straight, step)
+            if step == 4:
+                straight.save_checkpoint(os.path.join(folder, option))
+        expected = weights(straight)
+        straight.destroy()
+        resumed = make_engine(copy.deepcopy(config), GivenGradients(scale=3.0))
+        resumed.load_checkpoint(os.path.join(folder, option))
+        for step in range(5, 7):
+            train_step(resumed, step)
+        found[option] = same(weights(resumed), expected)
+        resumed.destroy()
+    return found
+
+
+def test_resuming_is_bitwise_with_the_options_of_the_stages(tmp_path: Path) -> None:
+    for found in run_ranks(resumed_with_options, 4, str(tmp_path), timeout_s=240):
+        assert all(found.values()), found
+
+
+def weights_only(stage: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Load the weights that bf16 training saved at step 4, where the replicas differ, and train on."""
+    engine = make_engine(config_of(stage, "bf16"), GivenGradients(scale=3.0))
+    engine.load_checkpoint(os.path.join(folder, f"bf16_{stage}"), **options)
+    facts = {"model": model_weights(engine), "masters": weights(engine)}
+    sync = lordo_ds.hook(engine).optimizer.sync  # type: ignore[union-attr]
+    facts["anchored"] = all(torch.equal(item.state["anchor"], item.weight) for item in sync.items)
+    for step in range(5, 9):
+        train_step(engine, step)
+    facts["end"] = weights(engine)
+    engine.destroy()
+    return facts
+
+
+@pytest.mark.parametrize("options", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=str)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_weights_without_states_are_a_new_start_for_all_replicas(
+    checkpoints: Path, stage: int, options: dict[str, bool]
+) -> None:
+    saved = of_all_stages("saved_and_resumed", str(checkpoints), "bf16")
+    ranks = run_ranks(weights_only, 4, stage, str(checkpoints), options)
+    for found in ranks:
+        assert found["anchored"] and same(found["model"], ranks[0]["model"])
+        for name, master in found["masters"].items():
+            # DeepSpeed restores the masters from the model's copy, or with their own precision.
+            assert torch.equal(master.bfloat16(), saved[0][stage]["at_save"][name].bfloat16())
+            assert torch.equal(master.bfloat16(), found["model"][name])
+            assert float((found["end"][name] - master).abs().max()) < 0.1, "the old weights came back"
+
+
+def resumed_with(folder: str, stage: int, replica_size: int | str, options: dict[str, Any]) -> str:
+    engine = make_engine(config_of(stage, "fp32", {"replica_size": replica_size}))
+    with pytest.raises(ValueError) as caught:
+        engine.load_checkpoint(folder, **options)
+    return str(caught.value)
+
+
+def test_another_number_of_replicas_is_refused_on_resume(checkpoints: Path) -> None:
+    of_all_stages("saved_and_resumed", str(checkpoints), "fp32")
+    for message in run_ranks(resumed_with, 4, str(checkpoints / "fp32_2"), 2, "all", {}):
+        assert "holds the replicas [0, 1], this run has 1: resume with as many ranks" in message
+
+
+@pytest.mark.parametrize("options", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=str)
+def test_weights_without_states_are_refused_at_stage_3(checkpoints: Path, options: dict[str, bool]) -> None:
+    of_all_stages("saved_and_resumed", str(checkpoints), "fp32")
+    for message in run_ranks(resumed_with, 4, str(checkpoints / "fp32_3"), 3, 2, options):
+        assert "load the optimizer states too" in message
+
+
+def plain_model_saved(folder: str) -> tuple[dict[str, Tensor], bool]:
+    engine = make_engine(
+        settings("bf16", {"replica_size": 2}, **zero(3, stage3_gather_16bit_weights_on_model_save=True))
+    )
+    for step in range(1, 5):
+        train_step(engine, step)
+    return model_weights(engine), engine.save_16bit_model(folder)
+
+
+def test_save_16bit_model_writes_the_first_replica(tmp_path: Path) -> None:
+    ranks = run_ranks(plain_model_saved, 4, str(tmp_path))
+    assert same(torch.load(tmp_path / "pytorch_model.bin"), ranks[0][0])
+    assert all(saved for _, saved in ranks) and not same(ranks[0][0], ranks[2][0])
+
+
+# -- options of the stages ---------------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "stage 1 offloaded": zero(1, offload_optimizer={"device": "cpu", "pin_memory": False}),
+    "stage 2 round robin, aligned": zero(2, round_robin_gradients=True, parameter_alignment=True),
+    "stage 2 overlapped": zero(2, overlap_comm=True, reduce_bucket_size=100),
+    "stage 3 offloaded": zero(3, offload_optimizer={"device": "cpu", "pin_memory": False}),
+    "stage 3 one sub-group": {"zero_optimization": {"stage": 3}},
+    "stage 1 fp32 accumulation": {**zero(1), "data_types": {"grad_accum_dtype": "fp32"}},
+}
+
+
+def trained_with_options() -> dict[str, dict[str, Tensor]]:
+    found = {}
+    for name, keys in {"stage 1": zero(1), **OPTIONS}.items():
+        engine = make_engine(settings("bf16", {"replica_size": 2}, **keys))
+        for step in range(1, 8):
+            train_step(engine, step)
+        found[name] = weights(engine)
+        engine.destroy()
+    return found
+
+
+def test_options_of_the_stages_do_not_change_the_trajectory() -> None:
+    """bf16 gradients are summed in another order or precision: a few of them round the other way."""
+    ranks = run_ranks(trained_with_options, 4, timeout_s=240)
+    for found in ranks:
+        for option in OPTIONS:
+            for name, weight in found["stage 1"].items():
+                torch.testing.assert_close(found[option][name], weight, rtol=0, atol=3e-3, msg=f"{option}: {name}")
+    assert all(same(ranks[0][option], ranks[1][option]) for option in OPTIONS)
+
+
+def offload_states_later() -> str:
+    engine = make_engine(config_of(1))
+    with pytest.raises(ValueError) as caught:
+        engine.offload_states()
+    return str(caught.value)
+
+
+def test_offloading_between_steps_is_refused() -> None:
+    assert "offload_states() is not supported" in run_ranks(offload_states_later, 2)[0]
+
+
+# -- replica_size and mpu ----------------------------------------------------------------------------
+
+
+def replica_of(replica_size: int | str, ranks_per_node: list[int]) -> list[int]:
+    rank = dist.get_rank()
+    first, node = 0, 0
+    while rank >= first + ranks_per_node[node]:
+        first, node = first + ranks_per_node[node], node + 1
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = str(ranks_per_node[node]), str(rank - first)
+    engine = make_engine(settings(optimizer={"replica_size": replica_size}, **zero(1)))
+    return dist.get_process_group_ranks(engine.data_parallel_group)
+
+
+@pytest.mark.parametrize(
+    ("replica_size", "ranks_per_node", "replicas"),
+    [
+        ("node", [2, 2], [[0, 1], [0, 1], [2, 3], [2, 3]]),
+        ("node", [4], [[0, 1, 2, 3]] * 4),
+        ("all", [2, 2], [[0, 1, 2, 3]] * 4),
+        (2, [4], [[0, 1], [0, 1], [2, 3], [2, 3]]),
+        (1, [2, 2], [[0], [1], [2], [3]]),
+    ],
+)
+def test_replica_size_cuts_the_ranks(
+    replica_size: int | str, ranks_per_node: list[int], replicas: list[list[int]]
+) -> None:
+    assert run_ranks(replica_of, 4, replica_size, ranks_per_node) == replicas
+
+
+def test_unequal_nodes_are_refused() -> None:
+    with pytest.raises(RankFailedError, match="equally many consecutive ranks on every node, found") as caught:
+        run_ranks(replica_of, 3, "node", [2, 1])
+    assert caught.value.error_type == ConfigError.__name__
+
+
+def test_a_size_that_does_not_divide_is_refused_with_the_nearest() -> None:
+    with pytest.raises(RankFailedError, match=r"replica_size = 3 must divide the data-parallel size 4 \(nearest: 2\)"):
+        run_ranks(replica_of, 4, 3, [4])
+
+
+class UsersMPU:
+    """What a Megatron script passes; `parallel` is its tensor-parallel size."""
+
+    def __init__(self, parallel: int = 1) -> None:
+        world, me = dist.get_world_size(), dist.get_rank()
+        rows = [list(range(start, start + parallel)) for start in range(0, world, parallel)]
+        columns = [list(range(start, world, parallel)) for start in range(parallel)]
+        made = [(ranks, dist.new_group(ranks)) for ranks in rows + columns]
+        self.tensor = next(group for ranks, group in made[: len(rows)] if me in ranks)
+        self.data = next(group for ranks, group in made[len(rows) :] if me in ranks)
+        self.asked: list[str] = []
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.data)
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data)
+
+    def get_sequence_data_parallel_group(self) -> Any:
+        return self.data
+
+    def get_model_parallel_group(self) -> Any:
+        self.asked.append("group")
+        return self.tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.tensor)
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        self.asked.append("rank")
+        return dist.get_rank(self.tensor)
+
+
+def with_users_mpu(stage: int) -> dict[str, Any]:
+    mpu = UsersMPU()
+    engine = make_engine(config_of(stage), mpu=mpu)
+    for step in range(1, 5):
+        train_step(engine, step)
+    facts = {
+        "weights": weights(engine),
+        "asked": sorted(set(mpu.asked)),
+        "replica": dist.get_process_group_ranks(engine.data_parallel_group),
+        "train_batch_size": engine.train_batch_size(),
+        "wrapped": engine.mpu.wrapped is mpu and not hasattr(engine.mpu, "get_sequence_data_parallel_group"),
+    }
+    engine.destroy()
+    return facts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_users_mpu_is_wrapped_and_asked_about_model_parallelism(stage: int) -> None:
+    ranks = of_all_stages("with_users_mpu")
+    without = of_all_stages("trained", "fp32")
+    for rank, found in enumerate(each[stage] for each in ranks):
+        assert found["replica"] == ([0, 1] if rank < 2 else [2, 3])
+        assert found["train_batch_size"] == 4 and found["wrapped"]
+        assert stage == 0 or "group" in found["asked"]
+        assert same(found["weights"], without[rank][stage]["steps"][3][0])
+
+
+class SequenceParallelMPU:
+    """What `deepspeed.runtime.sequence_parallel` hands out: no data-parallel group."""
+
+    initialize_sequence_parallel = None
+
+    def get_sequence_parallel_world_size(self) -> int:
+        return 2
+
+
+def sequence_parallel() -> None:
+    make_engine(config_of(1), mpu=SequenceParallelMPU())
+
+
+def test_ulysses_is_refused() -> None:
+    with pytest.raises(RankFailedError, match="an mpu whose data-parallel group is not all ranks is not supported"):
+        run_ranks(sequence_parallel, 2)
+
+
+def tensor_parallel() -> None:
+    make_engine(config_of(1), mpu=UsersMPU(parallel=2))
+
+
+def test_tensor_parallelism_is_refused_for_now() -> None:
+    with pytest.raises(RankFailedError, match="an mpu with 2 tensor- and pipeline-parallel ranks is not supported"):
+        run_ranks(tensor_parallel, 4)
+
+
+# -- deepspeed.zero.Init -----------------------------------------------------------------------------
+
+
+class Initialised(nn.Module):
+    """Initialises its weights by `apply`, as most models do; DeepSpeed gathers them for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.inner, self.out = nn.Linear(7, 9), nn.Linear(9, 5)
+        self.apply(self._initialise)
+
+    @staticmethod
+    def _initialise(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.5)
+            nn.init.constant_(module.bias, 0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inner(x))).float().square().mean()
+
+
+def stage_3(replica_size: int | str) -> dict[str, Any]:
+    return settings(optimizer={"replica_size": replica_size}, **zero(3))
+
+
+def built_under_init(how: str, replica_size: int | str) -> dict[str, Any]:
+    config = stage_3(replica_size)
+    if how == "config":
+        context = deepspeed.zero.Init(config_dict_or_path=config)
+    elif how == "group":
+        context = deepspeed.zero.Init(data_parallel_group=zero_init_group(config), dtype=torch.float32)
+    else:
+        context = deepspeed.zero.Init(dtype=torch.float32)
+    with context:
+        model = Initialised()
+    groups = {tuple(dist.get_process_group_ranks(p.ds_process_group)) for p in model.parameters()}
+    engine = make_engine(config, model)
+    start = model_weights(engine)
+    for step in range(4):
+        x = torch.randn(2, 7, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        engine.backward(engine(x))
+        engine.step()
+    return {"groups": groups, "start": start, "end": weights(engine)}
+
+
+@pytest.mark.parametrize("how", ["config", "group"])
+@pytest.mark.parametrize("replica_size", [1, 2, "all"])
+def test_zero_init_partitions_over_the_replica(how: str, replica_size: int | str) -> None:
+    ranks = run_ranks(built_under_init, 4, how, replica_size)
+    size = {"all": 4}.get(replica_size, replica_size)  # type: ignore[call-overload]
+    for rank, found in enumerate(ranks):
+        first = rank // size * size
+        assert found["groups"] == {tuple(range(first, first + size))}
+        assert same(found["start"], ranks[0]["start"])
+        assert float(found["start"]["inner.bias"][0]) == 0.25
+        assert same(found["end"], ranks[first]["end"])
+
+
+def test_a_model_partitioned_over_all_ranks_is_refused_with_the_way_out() -> None:
+    with pytest.raises(RankFailedError, match=r"partitioned inner.weight over ranks \[0, 1\], but the replica is") as e:
+        run_ranks(built_under_init, 2, "forgotten", 1)
+    assert "data_parallel_group=lordo_ds.zero_init_group(config)" in str(e.value)
+    assert e.value.error_type == ConfigError.__name__
+
+
+def modules_differ_between_replicas() -> list[int]:
+    """The check that all ranks of a replica run the same modules must not ask the other replica."""
+    engine = make_engine(config_of(3))
+    group_checked = zero_utils.get_lst_from_rank0([10 * engine.mpu.groups.replica_index + 1, 2])
+    try:
+        zero_utils.assert_ints_same_as_other_ranks([dist.get_rank()])
+    except RuntimeError:
+        group_checked.append(-1)
+    engine.destroy()
+    return group_checked + zero_utils.get_lst_from_rank0([dist.get_rank()])
+
+
+def test_the_trace_check_of_stage_3_stays_inside_the_replica() -> None:
+    found = run_ranks(modules_differ_between_replicas, 4)
+    assert found == [[1, 2, 0], [1, 2, -1, 0], [11, 2, 0], [11, 2, -1, 0]]
