@@ -99,7 +99,7 @@ _build() {
   fi
   rm -f "$VENV/lordo.stamp"
   _choose_torch
-  say "installing lordo_ds[$EXTRAS] (the first time takes about 90 s); log: $log"
+  say "installing lordo_ds[$EXTRAS] (the first time takes about two minutes); log: $log"
   "$VENV/bin/python" -m pip install --disable-pip-version-check "${TORCH_ARGS[@]}" -e "$ROOT[$EXTRAS]" \
     >"$log" 2>&1 || { tail -n 15 "$log" >&2; die "pip could not install the environment; the whole log is $log"; }
   _stamp >"$VENV/lordo.stamp"

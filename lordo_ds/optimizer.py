@@ -93,6 +93,12 @@ class LoRDO(torch.optim.Optimizer):
             fragment.allocate(self.config)
             fragments.append(fragment)
             self._fragments.setdefault(flat.tensor, []).append(fragment)
+        clipped = [plan for plan in self.plans if plan.rank_clipped]
+        if clipped:
+            logger.info(
+                "LoRDO: rank %s is clipped to the smaller side of %d matrices, the first to %d: %s",
+                self.config.rank, len(clipped), clipped[0].rank, clipped[0].name,
+            )  # fmt: skip
         self.sync = OuterSync(self.config, fragments, wire, shard)
         if not self.sync.start():
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
@@ -105,8 +111,6 @@ class LoRDO(torch.optim.Optimizer):
             )
         if not tensor.is_contiguous():
             raise ConfigError(f"LoRDO: {plan.name} is not contiguous: make the parameter contiguous first")
-        if plan.low_rank and plan.rank_clipped:
-            logger.info("LoRDO: rank %s of %s is clipped to %d", self.config.rank, plan.name, plan.rank)
 
     def _attach_alone(self) -> None:
         """Without an engine: names from the groups where given, replicas from torch.distributed."""

@@ -29,7 +29,7 @@ if not GPU_COUNT:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # A run in CI must execute at least one test of each of these suites that it selects.
-SUITES_REQUIRED_IN_CI = ("distributed", "deepspeed", "megatron")
+SUITES_REQUIRED_IN_CI = ("distributed", "deepspeed", "megatron", "hf")
 
 _SUITE_RUNS = pytest.StashKey[Counter[str]]()
 _EMPTY_SUITES = pytest.StashKey[list[str]]()
@@ -49,6 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": _no_gpu(),
         "deepspeed": _missing("deepspeed", "pip install -e ."),
         "megatron": _missing("megatron.core", "pip install -e '.[megatron]'"),
+        "hf": _missing("transformers", "pip install -e '.[hf]'"),
         "slow": None if run_slow else "takes minutes: run with --slow or -m slow",
     }
     for item in items:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,7 @@ class EngineHook:
     def attach(cls, engine: Any, groups: ReplicaGroups, training_data: Any) -> EngineHook:
         """Equalise the replicas, allocate the optimizer state, hook the engine, print the layout. Collective."""
         check_engine(engine, groups)
+        _show_messages(engine.global_rank)
         hook = cls(engine, groups)
         setattr(engine, _HOOK, hook)
         _live.add(engine)
@@ -263,6 +265,16 @@ class EngineHook:
             yield
         finally:
             engine.dp_world_size = inside
+
+
+def _show_messages(dist_rank: int) -> None:
+    """Let rank 0 say what it does and the others what is wrong, unless the user has configured the logger."""
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO if dist_rank == 0 else logging.WARNING)
+    if not logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
 
 
 def _refuse_offload_states(original: Any) -> Any:
