@@ -3,14 +3,14 @@
 # Sets ROOT (the repository), GPU_COUNT, and, without a GPU, DS_ACCELERATOR=cpu.
 # Reads  PYTHON      interpreter to make .venv with (default: the first fitting one on PATH)
 #        LORDO_VENV  another place for the environment (default: ROOT/.venv)
-#        LORDO_EXTRAS  pip extras to install (default: megatron,train,test)
+#        LORDO_EXTRAS  pip extras to install (default: megatron,train; launchers/test.sh adds test)
 #
 # The environment is rebuilt when pyproject.toml or constraints.txt change, or a GPU appears; otherwise a call
 # takes no time. Scripts started together wait for the one that builds.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${LORDO_VENV:-$ROOT/.venv}
-EXTRAS=${LORDO_EXTRAS:-megatron,train,test}
+EXTRAS=${LORDO_EXTRAS:-megatron,train}
 
 die() { echo "$(basename "$0"): error: $*" >&2; exit 1; }
 say() { echo "[env] $*"; }
@@ -83,12 +83,16 @@ _stamp() {
   (
     cd "$ROOT" || exit 1
     cat pyproject.toml constraints.txt
-    echo "$ROOT $EXTRAS gpu=$((GPU_COUNT > 0))"
+    echo "$ROOT $1 gpu=$((GPU_COUNT > 0))"
     ls -d lordo_ds megatron_patches 2>/dev/null  # an editable install maps the packages it finds
   ) | sha256sum | cut -d ' ' -f 1
 }
 
-_is_ready() { [ -x "$VENV/bin/python" ] && [ "$(cat "$VENV/lordo.stamp" 2>/dev/null)" = "$(_stamp)" ]; }
+# An environment with the test packages serves those who do not need them, too.
+_is_ready() {
+  [ -x "$VENV/bin/python" ] && [ -f "$VENV/lordo.stamp" ] &&
+    grep -qxF -e "$(_stamp "$EXTRAS")" -e "$(_stamp "$EXTRAS,test")" "$VENV/lordo.stamp"
+}
 
 _build() {
   local start=$SECONDS log="$VENV/install.log"
@@ -102,7 +106,7 @@ _build() {
   say "installing lordo_ds[$EXTRAS] (the first time takes about two minutes); log: $log"
   "$VENV/bin/python" -m pip install --disable-pip-version-check "${TORCH_ARGS[@]}" -e "$ROOT[$EXTRAS]" \
     >"$log" 2>&1 || { tail -n 15 "$log" >&2; die "pip could not install the environment; the whole log is $log"; }
-  _stamp >"$VENV/lordo.stamp"
+  _stamp "$EXTRAS" >"$VENV/lordo.stamp"
   say "ready after $((SECONDS - start)) s"
 }
 
