@@ -1,0 +1,344 @@
+"""Times the training step and the optimizer step of LoRDO against AdamW, on one model and in one run.
+
+    python launchers/bench_step.py --model configs/model/gpt_16m.yaml --output bench.json
+
+It starts the processes itself, anew for every number of them and ZeRO stage. In them all optimizers train the same
+weights on the same random tokens, one step each in turn; a ratio is the median over such rounds. As many rounds
+follow with clocks inside the optimizer step, which slow the step on a GPU. Without a GPU, seconds are CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+from _bench import clocked, gpu_count, peak, provenance, reset_peak, run_processes, seconds, spread
+from _gpt import GptConfig, build_gpt, loss_sums
+from _launch import ArgumentParser, choose_device, dist_rank, one_line_errors, seed_everything, start_distributed
+from _launch import shut_down as leave_together
+
+BASELINES = ("torch AdamW (fused)", "DeepSpeed AdamW")
+RANK, SEED, LR = "1/8", 1234, 1e-4
+WARM_UP_STEPS = 3  # the first one finds the first basis
+SYNC_INTERVAL = 32  # of configs/ds/lordo.json: a sync is counted as this part of a step's extra time
+# What a projected step consists of: functions of lordo_ds.dist.inner_step.
+PARTS = {
+    "project": ("_project",),
+    "moments": ("_advance",),
+    "lift": ("_apply",),
+    "border rows": ("_sum_borders",),
+    "columns": ("_scatter_columns", "_gather_columns"),
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="configs/model/gpt_16m.yaml", metavar="YAML", help="default: %(default)s")
+    add("--stages", nargs="+", type=int, default=[0, 1, 2, 3], choices=[0, 1, 2, 3])
+    add("--processes", nargs="+", type=int, default=[1, 2], metavar="N", help="default: 1 2")
+    add("--steps", type=int, default=16, metavar="N", help="timed rounds; default: %(default)s")
+    add("--micro-batch", type=int, default=1, metavar="N", help="sequences per process; default: %(default)s")
+    add("--seq-length", type=int, metavar="N", help="default: the model's")
+    add("--bf16", action="store_true")
+    add("--output", type=Path, required=True, metavar="JSON")
+    add("--part", type=Path, help=argparse.SUPPRESS)  # this is one of the processes; its result goes there
+    args = parser.parse_args()
+    for name, least in (("steps", 6), ("micro_batch", 1), ("seq_length", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if min(args.processes) < 1:
+        raise ValueError(f"--processes {min(args.processes)}: must be at least 1")
+    return args
+
+
+# -- the processes -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Contender:
+    """One optimizer with a model of its own, and what its rounds showed, in seconds."""
+
+    engine: Any
+    mpu: Any
+    peak_bytes: int | None = None
+    losses: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+    parts: list[Counter[str]] = field(default_factory=list)
+    """By the rounds with clocks; "optimizer" is the base optimizer's whole step()."""
+    synced: list[bool] = field(default_factory=list)
+    """Of all rounds, those with clocks last."""
+
+
+def run_part(args: argparse.Namespace) -> None:
+    """One ZeRO stage, in the processes that exist."""
+    choose_device()
+    start_distributed(1, 1, SEED)
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    model = GptConfig.from_yaml(args.model)
+    length = min(args.seq_length or model.seq_length, model.seq_length)
+    generator = torch.Generator().manual_seed(SEED + dist_rank())
+    tokens = torch.randint(model.vocab_size, (args.micro_batch, length + 1), generator=generator)
+    batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(args.micro_batch, length)}
+    batch = {key: value.to(get_accelerator().current_device_name()) for key, value in batch.items()}
+    logging.getLogger("lordo_ds").setLevel(logging.WARNING)
+    configs = deepspeed_configs(args)
+    # What a process loads and keeps at its first step must not count as one contender's memory.
+    warmed_up(model, configs[BASELINES[0]], batch, args.bf16).engine.destroy()
+    contenders = {name: warmed_up(model, config, batch, args.bf16) for name, config in configs.items()}
+    for turn in range(2 * args.steps):
+        # Another one begins each round: who runs after whom must not matter.
+        names = list(contenders)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            timed_step(contenders[name], batch, with_clocks=turn >= args.steps)
+    if dist_rank() == 0:
+        on_gpu = get_accelerator().device_name() == "cuda"
+        part = {
+            "processes": args.processes[0],
+            "stage": args.stages[0],
+            "tokens_per_process_and_step": args.micro_batch * length,
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "threads_per_process": torch.get_num_threads(),
+            "contenders": {name: summary(one, contenders) for name, one in contenders.items()},
+        }
+        args.part.write_text(json.dumps(part))
+    leave_together()
+
+
+def deepspeed_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Settings by contender. DeepSpeed's own optimizers come first: LoRDO refuses to have them built after it."""
+    lordo = {"lr": LR, "rank": RANK, "sync_interval": args.steps // 2, "replica_size": "all"}
+    adamw = {"lr": LR, "weight_decay": 0.0, "torch_adam": not deepspeed_adam_builds()}
+    optimizers: dict[str, dict[str, Any]] = {
+        BASELINES[0]: {},
+        BASELINES[1]: {"optimizer": {"type": "AdamW", "params": adamw}},
+        "LoRDO paper": {"optimizer": {"type": "LoRDO", "params": {**lordo, "preset": "paper"}}},
+        "LoRDO recommended": {"optimizer": {"type": "LoRDO", "params": {**lordo, "preset": "recommended"}}},
+    }
+    if args.processes[0] > 1:
+        alone = {**lordo, "preset": "paper", "replica_size": 1}
+        optimizers["LoRDO paper, replicas of 1"] = {"optimizer": {"type": "LoRDO", "params": alone}}
+    common = {
+        "train_micro_batch_size_per_gpu": args.micro_batch,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": args.stages[0]},
+        "bf16": {"enabled": args.bf16},
+        "steps_per_print": 10**9,
+    }
+    return {name: {**common, **optimizer} for name, optimizer in optimizers.items()}
+
+
+def deepspeed_adam_builds() -> bool:
+    """Whether DeepSpeed's own fused AdamW can be compiled; if not it has torch's plain one."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import FusedAdamBuilder
+
+    if get_accelerator().device_name() == "cpu":
+        return False
+    try:
+        FusedAdamBuilder().load(verbose=False)
+    except Exception:  # no compiler, another CUDA than torch's: there are many ways
+        return False
+    return True
+
+
+def warmed_up(model: GptConfig, config: dict[str, Any], batch: dict[str, Any], bf16: bool) -> Contender:
+    """Build the engine, take its first steps and a sync; the peak is of memory beyond what was in use before."""
+    import deepspeed
+    import torch
+    from deepspeed.utils import groups
+
+    import lordo_ds
+
+    before = reset_peak()
+    seed_everything(SEED)
+    module = build_gpt(model, torch.bfloat16 if bf16 else torch.float32)
+    parameters = list(module.parameters())
+    client = None if "optimizer" in config else torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
+    engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=config)
+    one = Contender(engine, groups.mpu)
+    for _ in range(WARM_UP_STEPS):
+        train_step(one, batch)
+    if hook := lordo_ds.hook(engine):
+        hook.finish()
+    one.peak_bytes = None if before is None else peak() - before
+    return one
+
+
+def train_step(one: Contender, batch: dict[str, Any]) -> None:
+    from deepspeed.utils import groups
+
+    groups.mpu = one.mpu  # DeepSpeed has one per process, and reads it at every step
+    total, count = loss_sums(one.engine, batch)
+    loss = total / count
+    one.engine.backward(loss)
+    one.engine.step()
+    one.losses.append(float(loss.detach()))
+
+
+def timed_step(one: Contender, batch: dict[str, Any], with_clocks: bool) -> None:
+    import torch.distributed as dist
+
+    import lordo_ds
+
+    spent: Counter[str] = Counter()
+    dist.barrier()
+    wall, began = time.perf_counter(), seconds()
+    with clocks(one, spent) if with_clocks else ExitStack():
+        train_step(one, batch)
+    took = seconds() - began
+    dist.barrier()
+    if with_clocks:
+        one.parts.append(spent)
+    else:
+        one.steps.append(took)
+        one.wall.append(time.perf_counter() - wall)
+    hook = lordo_ds.hook(one.engine)
+    one.synced.append(hook is not None and hook.synced)
+
+
+@contextmanager
+def clocks(one: Contender, spent: Counter[str]) -> Iterator[None]:
+    """Clock the base optimizer's step, the parts of LoRDO's, and its sync."""
+    import lordo_ds.optimizer
+    from lordo_ds.dist import inner_step
+    from lordo_ds.dist.sync import OuterSync
+
+    places = [(kind, inner_step, name) for kind, names in PARTS.items() for name in names]
+    places += [("dense AdamW", lordo_ds.optimizer, "adamw_step_"), ("optimizer", one.engine.basic_optimizer, "step")]
+    places += [("sync", OuterSync, "run"), ("refresh", OuterSync, "refresh")]
+    with ExitStack() as stack:
+        for kind, owner, name in places:
+            stack.enter_context(mock.patch.object(owner, name, clocked(getattr(owner, name), kind, spent)))
+        yield
+
+
+# -- numbers -----------------------------------------------------------------------------------------
+
+
+def summary(one: Contender, contenders: dict[str, Contender]) -> dict[str, Any]:
+    """What the result file says of one contender."""
+    import lordo_ds
+
+    count = len(one.steps)
+    plain = [i for i in range(count) if not one.synced[i]]
+    plain_clocked = [i for i in range(count) if not one.synced[count + i]]
+    optimizer = [parts["optimizer"] for parts in one.parts]
+    sizes = lordo_ds.status(one.engine)["state_bytes"] if any(one.synced) else adamw_bytes(one.engine.basic_optimizer)
+    found: dict[str, Any] = {
+        "train_step_s": spread([one.steps[i] for i in plain]),
+        "train_step_wall_s": spread([one.wall[i] for i in plain]),
+        "optimizer_step_s": spread([optimizer[i] for i in plain_clocked]),
+        "state_bytes": {**sizes, "total": sum(sizes.values())},
+        "peak_memory_bytes": one.peak_bytes,
+        "losses": [one.losses[0], one.losses[-1]],
+    }
+    for name in BASELINES:
+        base = contenders[name]
+        found.setdefault("train_ratio", {})[name] = spread([one.steps[i] / base.steps[i] for i in plain])
+        found.setdefault("optimizer_ratio", {})[name] = spread(
+            [optimizer[i] / base.parts[i]["optimizer"] for i in plain_clocked]
+        )
+    if any(one.synced):
+        kinds = (*PARTS, "dense AdamW")
+        split = {kind: median(one.parts[i][kind] for i in plain_clocked) for kind in kinds}
+        found["optimizer_split_s"] = {**split, "other": found["optimizer_step_s"]["median"] - sum(split.values())}
+        at_sync = [parts for parts in one.parts if parts["sync"]]
+        found["sync_s"] = {kind: median(parts[kind] for parts in at_sync) for kind in ("sync", "refresh")}
+        extra = found["sync_s"]["sync"] / SYNC_INTERVAL / found["train_step_s"]["median"]
+        ratios = found["train_ratio"].items()
+        found["train_ratio_with_syncs"] = {name: ratio["median"] * (1 + extra) for name, ratio in ratios}
+    return found
+
+
+def adamw_bytes(optimizer: Any) -> dict[str, int]:
+    kinds: Counter[str] = Counter()
+    for state in optimizer.state.values():
+        kinds.update({key: state[key].numel() * state[key].element_size() for key in ("exp_avg", "exp_avg_sq")})
+    return dict(kinds)
+
+
+def table(part: dict[str, Any]) -> str:
+    """One part as Markdown; a ratio above 1 is slower."""
+    lines = [
+        f"### {part['processes']} process(es), ZeRO {part['stage']}\n",
+        "| | training step, ms | to fused AdamW | to DeepSpeed's | with syncs, to fused | wall, ms | "
+        "optimizer step, ms | to fused | to DeepSpeed's | state + anchor, MiB | peak, MiB |",
+        "|---|" + "---:|" * 10,
+    ]
+    for name, one in part["contenders"].items():
+        step, wall, optimizer = (one[key] for key in ("train_step_s", "train_step_wall_s", "optimizer_step_s"))
+        cells = [f"{1e3 * step['median']:.0f} ({1e3 * step['low_quartile']:.0f}-{1e3 * step['high_quartile']:.0f})"]
+        cells += [f"{one['train_ratio'][base]['median']:.3f}" for base in BASELINES]
+        cells += [f"{one['train_ratio_with_syncs'][BASELINES[0]]:.3f}" if "sync_s" in one else ""]
+        cells += [f"{1e3 * wall['median']:.0f}", f"{1e3 * optimizer['median']:.1f}"]
+        cells += [f"{one['optimizer_ratio'][base]['median']:.2f}" for base in BASELINES]
+        sizes = one["state_bytes"]
+        anchored = sizes.get("anchor", 0) + sizes.get("outer_momentum", 0)
+        cells += [f"{(sizes['total'] - anchored) / 2**20:.1f}" + (f" + {anchored / 2**20:.1f}" if anchored else "")]
+        cells += ["" if one["peak_memory_bytes"] is None else f"{one['peak_memory_bytes'] / 2**20:.0f}"]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    for name, one in part["contenders"].items():
+        if "sync_s" in one:
+            split, sync = one["optimizer_split_s"].items(), one["sync_s"]
+            line = ", ".join(f"{kind} {1e3 * s:.1f}" for kind, s in split if s)
+            line += f"; a sync {1e3 * sync['sync']:.0f}, the refresh of all bases in it {1e3 * sync['refresh']:.0f}"
+            lines.append(f"\n{name}, ms: {line}")
+    return "\n".join(lines) + "\n"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every part in processes of its own; the result file grows with each."""
+    GptConfig.from_yaml(args.model)  # a mistake in it shows before anything is started
+    given = {key: value for key, value in vars(args).items() if key not in ("part", "output")}
+    constants = {"rank": RANK, "warm_up_steps": WARM_UP_STEPS, "a_sync_every_steps": SYNC_INTERVAL}
+    result = {**provenance(), "settings": {**given, **constants}, "parts": (parts := [])}
+    gpus = gpu_count()
+    for processes in args.processes:
+        if gpus and processes > gpus:
+            print(f"{processes} processes need as many GPUs, here are {gpus}: left out", flush=True)
+            continue
+        for stage in args.stages:
+            parts.append(run_in_processes(processes, stage))
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=1) + "\n")
+            print(table(parts[-1]), flush=True)
+
+
+def run_in_processes(processes: int, stage: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "part.json"
+        own = ["--processes", str(processes), "--stages", str(stage), "--part", str(path)]
+        run_processes(processes, __file__, [*sys.argv[1:], *own])  # of an option given twice the last counts
+        return json.loads(path.read_text())
+
+
+def main() -> None:
+    with one_line_errors("bench_step.py"):
+        args = parse_arguments()
+        if args.part is None:
+            run(args)
+    if args.part is not None:
+        run_part(args)
+
+
+if __name__ == "__main__":
+    main()
