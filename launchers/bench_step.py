@@ -18,29 +18,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest import mock
 
-from _bench import clocked, gpu_count, peak, provenance, reset_peak, run_processes, seconds, spread
+from _bench import clocked, gpu_count, peak, provenance, reset_peak, run_processes, seconds
+from _contender import BASELINES, PARTS, SYNC_INTERVAL, Contender, summary, table, take_the_busiest
 from _gpt import GptConfig, build_gpt, loss_sums
 from _launch import ArgumentParser, choose_device, dist_rank, one_line_errors, seed_everything, start_distributed
 from _launch import shut_down as leave_together
 
-BASELINES = ("torch AdamW (fused)", "DeepSpeed AdamW")
 RANK, SEED, LR = "1/8", 1234, 1e-4
 WARM_UP_STEPS = 3  # the first one finds the first basis
-SYNC_INTERVAL = 32  # of configs/ds/lordo.json: a sync is counted as this part of a step's extra time
-# What a projected step consists of: functions of lordo_ds.dist.inner_step.
-PARTS = {
-    "project": ("_project",),
-    "moments": ("_advance",),
-    "lift": ("_apply",),
-    "border rows": ("_sum_borders",),
-    "columns": ("_scatter_columns", "_gather_columns"),
-}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,22 +59,6 @@ def parse_arguments() -> argparse.Namespace:
 # -- the processes -----------------------------------------------------------------------------------
 
 
-@dataclass
-class Contender:
-    """One optimizer with a model of its own, and what its rounds showed, in seconds."""
-
-    engine: Any
-    mpu: Any
-    peak_bytes: int | None = None
-    losses: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
-    parts: list[Counter[str]] = field(default_factory=list)
-    """By the rounds with clocks; "optimizer" is the base optimizer's whole step()."""
-    synced: list[bool] = field(default_factory=list)
-    """Of all rounds, those with clocks last."""
-
-
 def run_part(args: argparse.Namespace) -> None:
     """One ZeRO stage, in the processes that exist."""
     choose_device()
@@ -109,6 +82,8 @@ def run_part(args: argparse.Namespace) -> None:
         names = list(contenders)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             timed_step(contenders[name], batch, with_clocks=turn >= args.steps)
+    for one in contenders.values():
+        take_the_busiest(one)
     if dist_rank() == 0:
         on_gpu = get_accelerator().device_name() == "cuda"
         part = {
@@ -177,9 +152,11 @@ def warmed_up(model: GptConfig, config: dict[str, Any], batch: dict[str, Any], b
     one = Contender(engine, groups.mpu)
     for _ in range(WARM_UP_STEPS):
         train_step(one, batch)
-    if hook := lordo_ds.hook(engine):
+    hook = lordo_ds.hook(engine)
+    if hook is not None:
         hook.finish()
     one.peak_bytes = None if before is None else peak() - before
+    one.state_bytes = lordo_ds.status(engine)["state_bytes"] if hook else adamw_bytes(engine.basic_optimizer)
     return one
 
 
@@ -231,44 +208,6 @@ def clocks(one: Contender, spent: Counter[str]) -> Iterator[None]:
         yield
 
 
-# -- numbers -----------------------------------------------------------------------------------------
-
-
-def summary(one: Contender, contenders: dict[str, Contender]) -> dict[str, Any]:
-    """What the result file says of one contender."""
-    import lordo_ds
-
-    count = len(one.steps)
-    plain = [i for i in range(count) if not one.synced[i]]
-    plain_clocked = [i for i in range(count) if not one.synced[count + i]]
-    optimizer = [parts["optimizer"] for parts in one.parts]
-    sizes = lordo_ds.status(one.engine)["state_bytes"] if any(one.synced) else adamw_bytes(one.engine.basic_optimizer)
-    found: dict[str, Any] = {
-        "train_step_s": spread([one.steps[i] for i in plain]),
-        "train_step_wall_s": spread([one.wall[i] for i in plain]),
-        "optimizer_step_s": spread([optimizer[i] for i in plain_clocked]),
-        "state_bytes": {**sizes, "total": sum(sizes.values())},
-        "peak_memory_bytes": one.peak_bytes,
-        "losses": [one.losses[0], one.losses[-1]],
-    }
-    for name in BASELINES:
-        base = contenders[name]
-        found.setdefault("train_ratio", {})[name] = spread([one.steps[i] / base.steps[i] for i in plain])
-        found.setdefault("optimizer_ratio", {})[name] = spread(
-            [optimizer[i] / base.parts[i]["optimizer"] for i in plain_clocked]
-        )
-    if any(one.synced):
-        kinds = (*PARTS, "dense AdamW")
-        split = {kind: median(one.parts[i][kind] for i in plain_clocked) for kind in kinds}
-        found["optimizer_split_s"] = {**split, "other": found["optimizer_step_s"]["median"] - sum(split.values())}
-        at_sync = [parts for parts in one.parts if parts["sync"]]
-        found["sync_s"] = {kind: median(parts[kind] for parts in at_sync) for kind in ("sync", "refresh")}
-        extra = found["sync_s"]["sync"] / SYNC_INTERVAL / found["train_step_s"]["median"]
-        ratios = found["train_ratio"].items()
-        found["train_ratio_with_syncs"] = {name: ratio["median"] * (1 + extra) for name, ratio in ratios}
-    return found
-
-
 def adamw_bytes(optimizer: Any) -> dict[str, int]:
     kinds: Counter[str] = Counter()
     for state in optimizer.state.values():
@@ -276,33 +215,7 @@ def adamw_bytes(optimizer: Any) -> dict[str, int]:
     return dict(kinds)
 
 
-def table(part: dict[str, Any]) -> str:
-    """One part as Markdown; a ratio above 1 is slower."""
-    lines = [
-        f"### {part['processes']} process(es), ZeRO {part['stage']}\n",
-        "| | training step, ms | to fused AdamW | to DeepSpeed's | with syncs, to fused | wall, ms | "
-        "optimizer step, ms | to fused | to DeepSpeed's | state + anchor, MiB | peak, MiB |",
-        "|---|" + "---:|" * 10,
-    ]
-    for name, one in part["contenders"].items():
-        step, wall, optimizer = (one[key] for key in ("train_step_s", "train_step_wall_s", "optimizer_step_s"))
-        cells = [f"{1e3 * step['median']:.0f} ({1e3 * step['low_quartile']:.0f}-{1e3 * step['high_quartile']:.0f})"]
-        cells += [f"{one['train_ratio'][base]['median']:.3f}" for base in BASELINES]
-        cells += [f"{one['train_ratio_with_syncs'][BASELINES[0]]:.3f}" if "sync_s" in one else ""]
-        cells += [f"{1e3 * wall['median']:.0f}", f"{1e3 * optimizer['median']:.1f}"]
-        cells += [f"{one['optimizer_ratio'][base]['median']:.2f}" for base in BASELINES]
-        sizes = one["state_bytes"]
-        anchored = sizes.get("anchor", 0) + sizes.get("outer_momentum", 0)
-        cells += [f"{(sizes['total'] - anchored) / 2**20:.1f}" + (f" + {anchored / 2**20:.1f}" if anchored else "")]
-        cells += ["" if one["peak_memory_bytes"] is None else f"{one['peak_memory_bytes'] / 2**20:.0f}"]
-        lines.append(f"| {' | '.join([name, *cells])} |")
-    for name, one in part["contenders"].items():
-        if "sync_s" in one:
-            split, sync = one["optimizer_split_s"].items(), one["sync_s"]
-            line = ", ".join(f"{kind} {1e3 * s:.1f}" for kind, s in split if s)
-            line += f"; a sync {1e3 * sync['sync']:.0f}, the refresh of all bases in it {1e3 * sync['refresh']:.0f}"
-            lines.append(f"\n{name}, ms: {line}")
-    return "\n".join(lines) + "\n"
+# -- the run -----------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:
