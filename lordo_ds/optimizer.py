@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +19,13 @@ from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameter
 from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
 from lordo_ds.core.mesh import replica_layout
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
+from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
 from lordo_ds.dist.inner_step import step_fragments_
-from lordo_ds.dist.shards import ShardComm
-from lordo_ds.dist.sync import OuterSync, SyncReport
+from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.dist.report import SyncReport
+from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
@@ -31,6 +35,16 @@ _SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_ste
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Elements of matrices stepped together: bounds the coordinates that exist at one time.
 STEP_BUCKET_NUMEL = 1 << 26
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of the whole model, of all stages and slices, every one counted once; and their elements."""
+
+    low_rank_parameters: int = 0
+    low_rank_elements: int = 0
+    dense_parameters: int = 0
+    dense_elements: int = 0
 
 
 class LoRDO(torch.optim.Optimizer):
@@ -61,7 +75,9 @@ class LoRDO(torch.optim.Optimizer):
         self.executed_steps = 0
         self.sync: OuterSync | None = None
         self.plans: list[ParameterPlan] = []
+        self.model_size = ModelSize()
         self._fragments: dict[Tensor, list[Fragment]] = {}
+        self._tied: set[str] = set()
         self._executed_now = False
         super().__init__(params, defaults)
 
@@ -73,23 +89,45 @@ class LoRDO(torch.optim.Optimizer):
 
     # -- attaching to parameters and replicas --------------------------------------------------------
 
-    def attach(self, flats: Sequence[FlatTensor], wire: ReplicaWire, shard: ShardComm) -> None:
+    def attach(
+        self,
+        flats: Sequence[FlatTensor],
+        wire: ReplicaWire,
+        inside: InsideReplica | None = None,
+        tied: Sequence[TiedWeight] = (),
+    ) -> None:
         """Plan every parameter and allocate its state. Collective: the replicas' weights are made equal.
 
         Args:
             flats: the tensors in `param_groups` and the parameters inside them; the order of the parameters is
-                equal on all ranks.
+                equal on all ranks that hold parts of them. With tensor parallelism the facts say which are sliced.
             wire: the replica group.
-            shard: the group that shards this replica.
+            inside: the groups inside this replica; default: this rank is the replica.
+            tied: weights of which other pipeline stages hold copies.
+
+        Raises:
+            ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
         """
+        inside = inside or InsideReplica()
         group_of = {tensor: group for group in self.param_groups for tensor in group["params"]}
         pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
-        self.plans = plan_parameters(self.config, [piece.facts for _, piece in pieces])
+        facts = [piece.facts for _, piece in pieces]
+        self.plans = plan_parameters(self.config, facts, inside.of_every_rank(facts))
+        self._tied = {weight.name for weight in tied}
+        tied_stages = {weight.name: weight.stage for weight in tied}
         fragments = []
         for (flat, piece), plan in zip(pieces, self.plans, strict=True):
             self._check_tensor(flat.tensor, plan)
+            copied = tied_stages.get(plan.name, 0) > 0
+            if plan.low_rank and plan.name in tied_stages:
+                raise ConfigError(
+                    f"LoRDO: {plan.name} is shared by several pipeline stages and cannot be projected: add it to "
+                    "optimizer.params.low_rank.exclude"
+                )
             state = self.state[flat.tensor].setdefault(plan.name, {})
-            fragment = Fragment(plan, flat.tensor, piece.offset, piece.intervals, shard, state, group_of[flat.tensor])
+            fragment = Fragment(
+                plan, flat.tensor, piece.offset, piece.intervals, inside, state, group_of[flat.tensor], copied
+            )
             fragment.allocate(self.config)
             fragments.append(fragment)
             self._fragments.setdefault(flat.tensor, []).append(fragment)
@@ -99,9 +137,22 @@ class LoRDO(torch.optim.Optimizer):
                 "LoRDO: rank %s is clipped to the smaller side of %d matrices, the first to %d: %s",
                 self.config.rank, len(clipped), clipped[0].rank, clipped[0].name,
             )  # fmt: skip
-        self.sync = OuterSync(self.config, fragments, wire, shard)
+        self._check_alike(fragments, inside)
+        self.model_size = _model_size(fragments, inside)
+        self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start():
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
+
+    @staticmethod
+    def _check_alike(fragments: Sequence[Fragment], inside: InsideReplica) -> None:
+        """The slices and copies on the tensor-parallel ranks must lie in the same places: they travel together."""
+        layout = repr([(f.plan.name, f.plan.shape, f.plan.rank, f.plan.partitions, f.intervals) for f in fragments])
+        sums = inside.tensor.gather(inside.vector([zlib.crc32(layout.encode())]), "start")
+        if not bool((sums == sums[0]).all()):
+            raise ConfigError(
+                "LoRDO: the tensor-parallel ranks hold other parameters than each other, or other shapes: give every "
+                "rank the same model and the same parameter groups"
+            )
 
     def _check_tensor(self, tensor: Tensor, plan: ParameterPlan) -> None:
         if tensor.dtype not in (torch.float32, torch.float64):
@@ -129,12 +180,13 @@ class LoRDO(torch.optim.Optimizer):
             groups = replica_groups(replica_layout(range(world), self.config.replica_size, per_node))
             if groups.layout.replica_count > 1:
                 wire = ReplicaWire(groups.replica)
-        self.attach(flats, wire, ShardComm())
+        device = flats[0].tensor.device if flats else torch.device("cpu")
+        self.attach(flats, wire, InsideReplica(device=device))
 
     # -- the inner step ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One executed inner step of the tensors in `param_groups`; alone, also the sync if it is due.
 
         An engine may call it once for each of several groups of the same attempted step.
@@ -160,8 +212,11 @@ class LoRDO(torch.optim.Optimizer):
         """Step every fragment of one tensor; collective over the shard group where it is sharded."""
         assert self.sync is not None and tensor.grad is not None
         low_rank = []
+        compares = self.executed_steps == 0 or sync_plan(self.config, self.attempted_steps + 1).due
         for fragment in self._fragments[tensor]:
             gradient = fragment.slice_of(tensor.grad)
+            if compares and (fragment.duplicated or fragment.plan.name in self._tied):
+                fragment.gradient_square = gradient.double().square().sum()
             settings = self._settings(fragment, group)
             if fragment.plan.low_rank:
                 low_rank.append((fragment, gradient, settings))
@@ -190,13 +245,13 @@ class LoRDO(torch.optim.Optimizer):
         from_gradient = self.config.basis_source == "gradient" and plan.refresh_basis
         ready = []
         for fragment, gradient, settings in chosen:
-            if self.sync.own_basis and (not fragment.has_basis or from_gradient):
-                self.sync.refresh_in_step(fragment, with_error(gradient, fragment.error), this_step)
+            if self.sync.bases.each_replica_its_own and (not fragment.has_basis or from_gradient):
+                self.sync.bases.refresh_in_step(fragment, with_error(gradient, fragment.error), this_step)
             if not fragment.has_basis:
                 # A first basis comes from all replicas; nothing may cross them here, so the update waits.
                 fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
                 continue
-            if from_gradient and not self.sync.own_basis:
+            if from_gradient and not self.sync.bases.each_replica_its_own:
                 # A = G + E, before this step moves what it drops into E.
                 kept = with_error(gradient, fragment.error)
                 fragment.gradient = self._keep(fragment, kept) if kept is gradient else kept
@@ -215,7 +270,7 @@ class LoRDO(torch.optim.Optimizer):
             fragments, gradients, settings = zip(*ready[start:stop], strict=True)
             for fragment in fragments:
                 fragment.state["step"] += 1
-            step_fragments_(fragments, gradients, settings, self.sync.shard, measure)
+            step_fragments_(fragments, gradients, settings, self.sync.inside, measure)
 
     # -- the end of an attempted step ----------------------------------------------------------------
 
@@ -230,9 +285,11 @@ class LoRDO(torch.optim.Optimizer):
         self.attempted_steps += 1
         self.executed_steps += self._executed_now
         changed = False
-        if self.sync.waits_for_basis() and self.sync.first_basis(self.attempted_steps):
-            changed = self._apply_deferred()
         plan = sync_plan(self.config, self.attempted_steps)
+        if plan.due or self.executed_steps <= 1:
+            self.sync.check_copies(self.attempted_steps)
+        if self.sync.bases.wait_for_all_replicas() and self.sync.bases.first(self.attempted_steps):
+            changed = self._apply_deferred()
         if plan.due:
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
             changed = True
@@ -351,10 +408,26 @@ class LoRDO(torch.optim.Optimizer):
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
         self.attempted_steps, self.executed_steps = ours["attempted_steps"], ours["executed_steps"]
+        self.sync.bases.look_again()
         for name in _SYNC_COUNTERS:
             setattr(self.sync, name, ours[name])
         self.sync.wire.ledger.load_state_dict(ours["bytes_sent"])
         self.sync.rows.pending = [list(row) for row in ours["rows"]]
+
+
+def _model_size(fragments: Sequence[Fragment], inside: InsideReplica) -> ModelSize:
+    """Collective over the replica."""
+    first_of_its_shards = inside.shard.index == inside.rows.index == 0
+    counted = [fragment.plan for fragment in fragments if fragment.counts and first_of_its_shards]
+    # A sliced parameter is one, its elements lie on all tensor indices.
+    sizes = inside.of_every_rank([(p.low_rank, int(inside.tensor.index == 0), p.numel) for p in counted])
+    low_rank, dense = ([size[1:] for size in sizes if size[0] == kind] for kind in (True, False))
+    return ModelSize(
+        sum(one for one, _ in low_rank),
+        sum(numel for _, numel in low_rank),
+        sum(one for one, _ in dense),
+        sum(numel for _, numel in dense),
+    )
 
 
 def _check_saved(fragment: Fragment, saved: dict[str, Any]) -> None:

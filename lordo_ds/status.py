@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lordo_ds.dist.fragment import Fragment
+from lordo_ds.dist.sync import OuterSync
 from lordo_ds.optimizer import LoRDO
 
 
@@ -39,11 +40,23 @@ def border_copy_bytes(optimizer: LoRDO) -> int:
     return total
 
 
+def bytes_inside(sync: OuterSync) -> dict[str, int]:
+    """Bytes that LoRDO itself sent from this rank inside its replica, by the group they went to.
+
+    What the engine sends there (activations, gradients, gathered weights) is not among them.
+    """
+    inside = sync.inside
+    return {
+        "shard": inside.shard.ledger.total_bytes,
+        "tensor": inside.tensor.ledger.total_bytes,
+        "pipe": sum(weight.comm.ledger.total_bytes for _, weight in sync.tied_copies.pairs),
+        "everyone": inside.everyone.ledger.total_bytes,
+    }
+
+
 def status_of(hook: Any) -> dict[str, Any]:
     """The dict that `lordo_ds.status(engine)` returns; `hook` is the engine's `EngineHook`."""
     optimizer: LoRDO = hook.optimizer
-    low_rank = [item.plan for item in _items(optimizer) if item.plan.low_rank]
-    dense = [item.plan for item in _items(optimizer) if not item.plan.low_rank]
     sync = optimizer.sync
     assert sync is not None
     report = sync.last_report
@@ -52,22 +65,20 @@ def status_of(hook: Any) -> dict[str, Any]:
         "replica_index": hook.replica_index,
         "shard_size": hook.groups.layout.replica_size,
         "zero_stage": int(hook.engine.zero_optimization_stage()),
-        "tensor_parallel_size": 1,
-        "pipeline_parallel_size": 1,
+        "tensor_parallel_size": hook.groups.tensor_size,
+        "pipeline_parallel_size": hook.groups.pipe_size,
         "step": optimizer.attempted_steps,
         "executed_steps": optimizer.executed_steps,
         "next_sync_in": optimizer.next_sync_in,
         "syncs": sync.syncs,
         "syncs_with_replicas_left_out": sync.left_out_syncs,
         "nonfinite_syncs_in_a_row": sync.nonfinite_syncs,
-        "low_rank_parameters": len(low_rank),
-        "low_rank_elements": sum(plan.numel for plan in low_rank),
-        "dense_parameters": len(dense),
-        "dense_elements": sum(plan.numel for plan in dense),
+        **asdict(optimizer.model_size),
         "state_bytes": state_bytes(optimizer),
         "border_copy_bytes": border_copy_bytes(optimizer),
         "bytes_sent": dict(sync.wire.ledger.by_kind),
         "bytes_sent_total": sync.wire.ledger.total_bytes,
+        "bytes_inside": bytes_inside(sync),
         "ddp_bytes_per_step": hook.ddp_bytes_per_step,
         "last_sync": asdict(report) if report else None,
     }
@@ -77,8 +88,11 @@ def describe_start(hook: Any) -> list[str]:
     """The start-up table: mesh, what is projected and why, state by kind."""
     now = status_of(hook)
     config = hook.optimizer.config
+    tensor, pipe = now["tensor_parallel_size"], now["pipeline_parallel_size"]
+    mesh = f" x {tensor} tensor-parallel" if tensor > 1 else ""
+    mesh += f" x {pipe} pipeline stages" if pipe > 1 else ""
     lines = [
-        f"LoRDO: {now['replicas']} replicas of {now['shard_size']} data-parallel ranks, "
+        f"LoRDO: {now['replicas']} replicas of {now['shard_size']} data-parallel ranks{mesh}, "
         f"ZeRO stage {now['zero_stage']}; "
         f"sync every {config.sync_interval} steps; {config.qh_mode}, omega {config.omega:g}, basis from "
         f"{config.basis_source} ({config.basis_update}), {config.projection} projection",
@@ -91,6 +105,8 @@ def describe_start(hook: Any) -> list[str]:
         groups.setdefault((plan.low_rank, plan.shape, plan.rank, plan.reason, plan.on_larger_side), []).append(
             plan.name
         )
+    if pipe > 1:
+        lines.append("LoRDO: of them on the first pipeline stage:")
     for (low_rank, shape, rank, reason, larger), names in groups.items():
         kind = f"rank {rank}" if low_rank else "dense"
         mark = " [basis on the larger side]" if larger else ""

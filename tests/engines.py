@@ -64,7 +64,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
     found = {}
     for item in sync.items:
         whole = item.weight.new_zeros(item.plan.numel)
-        start, stop = item.intervals[sync.shard.index]
+        start, stop = item.intervals[sync.inside.shard.index]
         whole[start:stop] = item.weight
-        found[item.plan.name] = sync.shard.sum_(whole, "test").view(item.plan.shape)
+        found[item.plan.name] = sync.inside.shard.sum_(whole, "test").view(item.plan.shape)
     return found

@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
 from lordo_ds.adapters.patching import replace_method
+from lordo_ds.adapters.pipeline import is_pipeline, save_first_replica_only
 
 _FOLDER = re.compile(r"replica_(\d+)")
 
@@ -27,11 +30,12 @@ def keep_replicas_apart(
         restart: called after weights were loaded without optimizer states.
     """
 
+    folder = f"replica_{replica_index}"
+
     def inside_replica(original: Any) -> Any:
         @functools.wraps(original)
         def name(checkpoints_path: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-            folder = os.path.join(str(tag), f"replica_{replica_index}")
-            return original(checkpoints_path, folder, *args, **kwargs)
+            return original(checkpoints_path, os.path.join(str(tag), folder), *args, **kwargs)
 
         return name
 
@@ -49,7 +53,10 @@ def keep_replicas_apart(
                     "zero_to_fp32.py makes with --tag <tag>/replica_0"
                 )
             _check_folders(asked["load_dir"], asked.get("tag"), replicas)
-            path, client_state = original(*args, **kwargs)
+            if weights_only or not _keeps_states_apart(engine):
+                path, client_state = original(*args, **kwargs)
+            else:
+                path, client_state = _load_states_kept_apart(engine, original, asked)
             if path is not None and weights_only:
                 restart()
             return path, client_state
@@ -58,7 +65,53 @@ def keep_replicas_apart(
 
     for method in ("_get_ckpt_name", "_get_rank_zero_ckpt_name"):
         replace_method(engine, method, ("checkpoints_path", "tag"), inside_replica, version)
+    if is_pipeline(engine):
+        for method, parameters in _LAYER_FILES:
+            replace_method(engine, method, parameters, functools.partial(_in_folder, engine, folder), version)
+        save_first_replica_only(engine, replica_index, version)
     replace_method(engine, "load_checkpoint", ("load_dir", "tag", "load_module_strict"), checked, version)
+
+
+# -- pipelines ---------------------------------------------------------------------------------------
+
+_LAYER_FILES = (
+    ("module_state_dict", ("exclude_frozen_parameters",)),
+    ("load_module_state_dict", ("checkpoint", "strict")),
+)
+
+
+def _in_folder(engine: Any, folder: str, original: Any) -> Any:
+    """A pipeline writes and reads one file per layer, in a directory that it finds in an attribute."""
+
+    @functools.wraps(original)
+    def module_state(*args: Any, **kwargs: Any) -> Any:
+        if engine._curr_ckpt_path is None:  # not from save_checkpoint: DeepSpeed says so
+            return original(*args, **kwargs)
+        engine._curr_ckpt_path = os.path.join(engine._curr_ckpt_path, folder)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            engine._curr_ckpt_path = None
+
+    return module_state
+
+
+def _keeps_states_apart(engine: Any) -> bool:
+    """Whether the optimizer is sharded although ZeRO is off: DeepSpeed saves every shard, but loads none of them."""
+    return type(engine.optimizer) is BF16_Optimizer and not engine.zero_optimization()
+
+
+def _load_states_kept_apart(engine: Any, load: Any, asked: dict[str, Any]) -> tuple[str | None, Any]:
+    """Load the weights, then the optimizer's shards from the files that ZeRO would use; DeepSpeed 0.19.8 raises."""
+    path, client_state = load(**{**asked, "load_optimizer_states": False})
+    if path is not None:
+        client_state.pop("optimizer", None)
+        tag = asked.get("tag") or Path(asked["load_dir"], "latest").read_text().strip()
+        engine._load_zero_checkpoint(asked["load_dir"], tag)
+    return path, client_state
+
+
+# -- checks ------------------------------------------------------------------------------------------
 
 
 def _check_folders(load_dir: str, tag: str | None, replicas: int) -> None:

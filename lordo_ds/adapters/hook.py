@@ -10,24 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from lordo_ds.adapters import stage0
 from lordo_ds.adapters.checkpoints import keep_replicas_apart
 from lordo_ds.adapters.equalise import equalise_untrained
 from lordo_ds.adapters.patching import replace_method
+from lordo_ds.adapters.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.support import check_engine
 from lordo_ds.adapters.zero import (
     flat_tensors,
     gradient_bytes,
     refresh_low_precision,
+    shard_groups,
     stepped_tensors_in_groups,
     take_masters_from_model,
 )
 from lordo_ds.core.grouping import model_facts
-from lordo_ds.dist.groups import ReplicaGroups
+from lordo_ds.dist.copies import TiedWeight
+from lordo_ds.dist.groups import ReplicaGroups, make_groups
+from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.ledger import reduction_bytes
-from lordo_ds.dist.shards import ShardComm
 from lordo_ds.dist.wire import ReplicaWire
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.status import describe_start, sync_events
@@ -71,12 +75,14 @@ class EngineHook:
         _show_messages(engine.global_rank)
         hook = cls(engine, groups)
         setattr(engine, _HOOK, hook)
-        _live.add(engine)
         hook._attach_optimizer(engine)
+        _live.add(engine)
         hook._replace_methods(engine)
         if training_data is not None:
             engine.training_data = training_data
             engine.training_dataloader = engine.deepspeed_io(training_data)
+            if is_pipeline(engine):
+                engine._build_data_iter(training_data)
         hook._ddp_bytes_per_step = reduction_bytes(gradient_bytes(engine), hook.data_parallel_size)
         if engine.global_rank == 0:
             for line in describe_start(hook):
@@ -84,9 +90,8 @@ class EngineHook:
         return hook
 
     def _attach_optimizer(self, engine: Any) -> None:
-        groups, facts = self.groups, model_facts(engine.module)
-        wire = ReplicaWire(groups.replica if groups.layout.replica_count > 1 else None)
-        replica = ShardComm(groups.shard if groups.layout.replica_size > 1 else None)
+        groups, facts = self.groups, model_facts(engine.module, self.groups.tensor_size)
+        wire = ReplicaWire(_unless_alone(groups.replica))
         flats = flat_tensors(engine, facts)
         names = {piece.facts.name for flat in flats for piece in flat.pieces}
         trained = {parameter for parameter, fact in facts.items() if fact.name in names}
@@ -100,11 +105,18 @@ class EngineHook:
                 left_out[0],
             )
         equalise_untrained(engine, trained, wire)
-        with stepped_tensors_in_groups(engine):
+        rows = InsideComm(_unless_alone(groups.shard))
+        inside = InsideReplica(
             # At stage 0 every rank of a replica steps whole parameters; what it records is its own all the same.
-            self.optimizer.attach(flats, wire, replica if engine.zero_optimization() else ShardComm())
-        assert self.optimizer.sync is not None
-        self.optimizer.sync.row_comm = replica
+            shard=rows if shard_groups(engine) else InsideComm(),
+            tensor=InsideComm(_unless_alone(groups.tensor)),
+            everyone=InsideComm(_unless_alone(groups.inside)),
+            rows=rows,
+            device=engine.device,
+        )
+        tied = _tied_weights({facts[p].name: ranks for p, ranks in tied_copies(engine.module)}, inside.shard)
+        with stepped_tensors_in_groups(engine):
+            self.optimizer.attach(flats, wire, inside, tied)
         refresh_low_precision(engine)
 
     # -- what users and the training script read -----------------------------------------------------
@@ -182,10 +194,7 @@ class EngineHook:
         def with_end_of_attempt(take_step: Any) -> Any:
             @functools.wraps(take_step)
             def take_model_step(lr_kwargs: Any) -> Any:
-                loss_scale = stage0.loss_scale(engine)
                 result = take_step(lr_kwargs)
-                if loss_scale is not None and engine._global_grad_norm is not None:
-                    engine._global_grad_norm /= loss_scale
                 hook._end_attempt()
                 return result
 
@@ -199,13 +208,13 @@ class EngineHook:
 
             return deepspeed_io
 
-        def over_all_ranks(set_batch: Any) -> Any:
-            @functools.wraps(set_batch)
-            def set_batch_size(size: int) -> None:
-                with hook._true_data_parallel_size():
-                    set_batch(size)
+        def over_all_ranks(original: Any) -> Any:
+            @functools.wraps(original)
+            def count_all(*args: Any, **kwargs: Any) -> Any:
+                with hook._true_data_parallel_size(), engine.mpu.over_all_replicas():
+                    return original(*args, **kwargs)
 
-            return set_batch_size
+            return count_all
 
         def and_forget(destroy: Any) -> Any:
             @functools.wraps(destroy)
@@ -213,6 +222,8 @@ class EngineHook:
                 _live.discard(engine)
                 if deepspeed_groups.mpu is engine.mpu:
                     deepspeed_groups.mpu = None
+                if is_pipeline(engine):
+                    give_grid_back(engine.module)
                 destroy()
 
             return release
@@ -227,9 +238,15 @@ class EngineHook:
         ):
             replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
         keep_replicas_apart(engine, self.replica_index, self.replicas, hook._restart_from_weights, DEEPSPEED_VERSION)
-        if stage0.loss_scale(engine) is not None:
+        stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
+        if is_pipeline(engine):
+            replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION)
+        if stage0.loss_scale(engine) is None:
+            return
+        if is_pipeline(engine):
+            scale_last_stage(engine, functools.partial(stage0.loss_scale, engine), DEEPSPEED_VERSION)
+        else:
             engine.backward = stage0.scaled_backward(engine, engine.backward)
-        engine.clip_fp32_gradients = functools.partial(stage0.clip_fp32_gradients, engine)
 
     def _end_attempt(self) -> None:
         # DeepSpeed has moved the schedule if it executed this step.
@@ -265,6 +282,24 @@ class EngineHook:
             yield
         finally:
             engine.dp_world_size = inside
+
+
+def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _tied_weights(stage_ranks: dict[str, tuple[int, ...]], shard: InsideComm) -> list[TiedWeight]:
+    """With the copies of all shards, which the stages cut in different places. Collective over all ranks."""
+    holders = [list(stage_ranks.values())]
+    if shard.size > 1:
+        holders = [[]] * shard.size
+        dist.all_gather_object(holders, list(stage_ranks.values()), group=shard.group)
+    groups = make_groups([sorted(rank for ranks in same for rank in ranks) for same in zip(*holders, strict=True)])
+    me = dist.get_rank()
+    return [
+        TiedWeight(name, InsideComm(_unless_alone(group)), ranks.index(me), len(ranks))
+        for (name, ranks), group in zip(stage_ranks.items(), groups, strict=True)
+    ]
 
 
 def _show_messages(dist_rank: int) -> None:

@@ -3,7 +3,8 @@
 Written against DeepSpeed 0.19.8, which has no plugin mechanism: its configuration lower-cases the optimizer
 types in one list, builds an unknown one from an attribute of `torch.optim`, and admits to ZeRO the exact types in
 another list. The patch on `DeepSpeedEngine.__init__` hands the engine its replica as the data-parallel group
-and attaches the hook once the engine stands; those of `zero_init` keep ZeRO-3 inside the replica.
+and attaches the hook once the engine stands, that on `PipelineEngine.__init__`, which calls the former, does the same
+with the grid of a pipeline; those of `zero_init` keep ZeRO-3 inside the replica.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.utils import groups as deepspeed_groups
 
 from lordo_ds.adapters.hook import DEEPSPEED_VERSION, EngineHook, live_engines
 from lordo_ds.adapters.patching import MethodPatch, PatchError
-from lordo_ds.adapters.replica_mpu import ReplicaMPU
+from lordo_ds.adapters.pipeline import batch_of_replica, count_all_samples, is_pipeline, replica_grid
+from lordo_ds.adapters.replica_mpu import DataParallelOfReplica, ReplicaMPU
 from lordo_ds.adapters.support import replica_groups_for, requested_optimizer
 from lordo_ds.adapters.zero_init import zero_init_patches
 from lordo_ds.config import ConfigError
@@ -33,6 +36,7 @@ _ENGINE_PARAMETERS = (
     "self", "args", "model", "optimizer", "model_parameters", "training_data", "lr_scheduler", "mpu",
     "dist_init_required", "collate_fn", "config", "config_class", "mesh_device", "dont_change_device",
 )  # fmt: skip
+_PIPELINE_PARAMETERS = ("self", "has_bool_tensors", "super_args", "super_kwargs")
 _patches: list[MethodPatch] = []
 
 
@@ -49,6 +53,9 @@ def register() -> None:
         return
     try:
         _patches.append(MethodPatch(DeepSpeedEngine, "__init__", _ENGINE_PARAMETERS, _wrap_init, DEEPSPEED_VERSION))
+        _patches.append(
+            MethodPatch(PipelineEngine, "__init__", _PIPELINE_PARAMETERS, _wrap_pipeline_init, DEEPSPEED_VERSION)
+        )
         for patch in zero_init_patches(TYPE_NAME, DEEPSPEED_VERSION):
             _patches.append(patch)
     except PatchError:
@@ -84,18 +91,17 @@ def _wrap_init(original: Any) -> Any:
     @functools.wraps(original)
     def init(self: DeepSpeedEngine, args: Any, model: Any, *positional: Any, **named: Any) -> None:
         given = dict(zip(_ENGINE_PARAMETERS[3:], positional, strict=False)) | named
-        config, mpu, client = given.get("config_class"), given.get("mpu"), given.get("optimizer")
-        settings = requested_optimizer(config, client, TYPE_NAME)
+        config, mpu = given.get("config_class"), given.get("mpu")
+        if is_pipeline(self):  # called by its own constructor, which is patched too
+            original(self, args, model, **given)
+            return
+        settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
         if settings is None:
-            _leave_no_replica_mpu_behind(mpu)
+            _leave_no_replica_mpu_behind()
             original(self, args, model, **given)
             return
         groups = replica_groups_for(settings, config, model, mpu, given.get("mesh_device"))
-        if isinstance(client, LoRDO):
-            client.managed = True
-            config.zero_force_ds_cpu_optimizer = (
-                False  # what DeepSpeed wants for offloading; LoRDO steps on the host too
-            )
+        _adopt_client_optimizer(given)
         training_data, user_config = given.pop("training_data", None), given.get("config")
         given["mpu"] = ReplicaMPU(groups, mpu)
         if isinstance(user_config, dict):
@@ -105,6 +111,37 @@ def _wrap_init(original: Any) -> Any:
         EngineHook.attach(self, groups, training_data)
 
     return init
+
+
+def _wrap_pipeline_init(original: Any) -> Any:
+    @functools.wraps(original)
+    def init(self: PipelineEngine, has_bool_tensors: bool = False, *positional: Any, **named: Any) -> None:
+        given = dict(zip(_ENGINE_PARAMETERS[1:], positional, strict=False)) | named
+        config, grid = given.get("config_class"), given.get("mpu")
+        settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
+        if settings is None:
+            _leave_no_replica_mpu_behind()
+            original(self, has_bool_tensors, **given)
+            return
+        groups = replica_groups_for(settings, config, given["model"], grid)
+        _adopt_client_optimizer(given)
+        training_data = given.pop("training_data", None)
+        with replica_grid(given, groups):
+            with batch_of_replica(config, groups):
+                original(self, has_bool_tensors, **given)
+            count_all_samples(self)
+            # Only now: the constructor of the base class returns before the pipeline stands.
+            EngineHook.attach(self, groups, training_data)
+
+    return init
+
+
+def _adopt_client_optimizer(given: dict[str, Any]) -> None:
+    """An optimizer that the user built waits for the engine's hook, like the one built from the JSON block."""
+    if isinstance(given.get("optimizer"), LoRDO):
+        given["optimizer"].managed = True
+        # DeepSpeed wants its own for offloading; LoRDO steps on the host too.
+        given["config_class"].zero_force_ds_cpu_optimizer = False
 
 
 def _for_one_replica(user_config: dict[str, Any], resolved: Any, replica_size: int) -> dict[str, Any]:
@@ -118,9 +155,9 @@ def _for_one_replica(user_config: dict[str, Any], resolved: Any, replica_size: i
     }
 
 
-def _leave_no_replica_mpu_behind(mpu: Any) -> None:
+def _leave_no_replica_mpu_behind() -> None:
     """DeepSpeed keeps the mpu in a global; an engine made after ours would reduce over one replica only."""
-    if mpu is not None or not isinstance(deepspeed_groups.mpu, ReplicaMPU):
+    if not isinstance(deepspeed_groups.mpu, DataParallelOfReplica):
         return
     if live_engines():
         raise ConfigError(

@@ -6,6 +6,7 @@ to work is refused, in one line that names what to do.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,10 +16,16 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.model_checkpointing.constants import CHECKPOINT_WRITER
+from deepspeed.runtime.pipe.dualpipev import DualPipeVModule
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-from deepspeed.utils.bwc import bwc_pipeline_parallel_world_size, bwc_tensor_model_parallel_world_size
+from deepspeed.utils.bwc import (
+    bwc_pipeline_parallel_world_size,
+    bwc_tensor_model_parallel_group,
+    bwc_tensor_model_parallel_world_size,
+)
 from torch import nn
 
+from lordo_ds.adapters.pipeline import ReplicaGrid, check_pipeline, is_pipeline
 from lordo_ds.adapters.zero import shard_groups
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.mesh import replica_layout
@@ -48,25 +55,45 @@ def replica_groups_for(
 
 
 def groups_of_replicas(replica_size: int | str, mpu: Any) -> ReplicaGroups:
-    """Cut the data-parallel ranks, those of the user's `mpu` if there is one, into replicas. Collective."""
+    """Cut the data-parallel ranks, those of the user's `mpu` or of a pipeline's grid, into replicas. Collective."""
+    _choose_device()
     if mpu is None:
-        ranks: Sequence[int] = range(dist.get_world_size())
+        ranks, tensor_ranks = list(range(dist.get_world_size())), None
     else:
         ranks = dist.get_process_group_ranks(mpu.get_data_parallel_group())
-    per_node = _ranks_per_node() if replica_size == "node" else len(ranks)
-    return replica_groups(replica_layout(ranks, replica_size, per_node))
+        tensor_ranks = _tensor_ranks(mpu)
+    per_node = _data_parallel_ranks_per_node(ranks) if replica_size == "node" else len(ranks)
+    layout = replica_layout(ranks, replica_size, per_node)
+    return replica_groups(layout, tensor_ranks, bwc_pipeline_parallel_world_size(mpu))
+
+
+def _tensor_ranks(mpu: Any) -> list[int] | None:
+    if bwc_tensor_model_parallel_world_size(mpu) == 1:
+        return None
+    return dist.get_process_group_ranks(bwc_tensor_model_parallel_group(mpu))
+
+
+def _data_parallel_ranks_per_node(ranks: Sequence[int]) -> int:
+    """How many of these data-parallel ranks share a node; refused unless all ranks find the same number. Collective."""
+    size = _ranks_per_node()
+    nodes = [rank // size for rank in ranks]
+    counts = {nodes.count(node) for node in nodes}
+    mine = counts.pop() if len(counts) == 1 and nodes == sorted(nodes) else 0
+    found = {of_rank for (of_rank,) in _from_all_ranks(mine)}
+    if found != {mine} or mine == 0:
+        raise ConfigError(
+            'LoRDO: optimizer.params.replica_size = "node" needs equally many data-parallel ranks of each pipeline '
+            f"stage on every node, next to each other: give a number that divides {len(ranks)}"
+        )
+    return mine
 
 
 def _ranks_per_node() -> int:
     """Ranks on every node; refused unless each has equally many, numbered one after the other. Collective."""
     world, me = dist.get_world_size(), dist.get_rank()
     stated = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    local_rank = int(os.environ.get("LOCAL_RANK", me))
     size = int(stated) if stated is not None else (1 if world == 1 else 0)
-    device = get_accelerator().device_name(local_rank)
-    rows = [torch.empty(2, dtype=torch.int64, device=device) for _ in range(world)]
-    dist.all_gather(rows, torch.tensor([size, me - local_rank], dtype=torch.int64, device=device))
-    sizes, first_ranks = torch.stack(rows).T.tolist()
+    sizes, first_ranks = zip(*_from_all_ranks(size, me - int(os.environ.get("LOCAL_RANK", me))), strict=True)
     if 0 in sizes:
         raise ConfigError(
             'LoRDO: optimizer.params.replica_size = "node" needs LOCAL_WORLD_SIZE, which torchrun and the deepspeed '
@@ -75,9 +102,23 @@ def _ranks_per_node() -> int:
     if len(set(sizes)) > 1 or any(first != rank // size * size for rank, first in enumerate(first_ranks)):
         raise ConfigError(
             'LoRDO: optimizer.params.replica_size = "node" needs equally many consecutive ranks on every node, found '
-            f"{sizes}: give a number that divides {world}"
+            f"{list(sizes)}: give a number that divides {world}"
         )
     return size
+
+
+def _choose_device() -> None:
+    """DeepSpeed takes this rank's device a little later; objects exchanged before would all go through the first."""
+    if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+
+
+def _from_all_ranks(*values: int) -> list[list[int]]:
+    """The integers of every rank. Collective over all; no device need be chosen yet."""
+    device = get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+    rows = [torch.empty(len(values), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, torch.tensor(values, dtype=torch.int64, device=device))
+    return [[int(value) for value in row] for row in torch.stack(rows).tolist()]
 
 
 def _unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any) -> list[tuple[bool, str, str]]:
@@ -88,15 +129,20 @@ def _unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any) -> list[tu
     off, cpu = "switch it off", 'use "cpu"'
     mixture = any(type(module).__name__ in ("MoE", "AutoEPMoELayer") for module in model.modules())
     sharded_linear = any(hasattr(p, "ds_optim_param") for p in model.parameters())
-    parallel = _model_parallel_size(mpu)
+    pipeline = isinstance(model, PipelineModule)
+    stages = bwc_pipeline_parallel_world_size(mpu)
     return [
-        (isinstance(model, PipelineModule), "a PipelineModule", "pass a plain module"),
-        (parallel > 1, f"an mpu with {parallel} tensor- and pipeline-parallel ranks", "use sizes of 1"),
+        (isinstance(model, DualPipeVModule), "a DualPipeVModule", "use a PipelineModule"),
+        (isinstance(mpu, ReplicaGrid), "the PipelineModule of another LoRDO engine", "call destroy() on that engine"),
+        (stages > 1 and not pipeline, f"an mpu with {stages} pipeline stages", "use a PipelineModule"),
+        (_size(mpu, "context") > 1, "an mpu with context parallelism", "use a size of 1"),
+        (_size(mpu, "expert_model") > 1, "an mpu with expert parallelism", "use a size of 1"),
         (
-            not _covers_world(mpu, parallel),
-            "an mpu whose data-parallel group is not all ranks",
-            "use data parallelism only",
+            not _covers_world(mpu),
+            "an mpu whose data-, tensor- and pipeline-parallel groups do not make up all ranks",
+            "use no other parallelism",
         ),
+        (pipeline and zero.stage > 1, f"a PipelineModule with ZeRO stage {int(zero.stage)}", "use stage 0 or 1"),
         (mesh_device is not None, "a device mesh (Ulysses sequence parallelism)", "leave it out"),
         (mixture or config.expert_parallel_config.enabled, "DeepSpeed MoE", "use a dense model"),
         (sharded_linear, "deepspeed.linear.OptimizedLinear", "use nn.Linear"),
@@ -137,18 +183,23 @@ def _unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any) -> list[tu
     ]
 
 
-def _model_parallel_size(mpu: Any) -> int:
-    if mpu is None or not hasattr(mpu, "get_data_parallel_group"):
-        return 1
-    return int(bwc_tensor_model_parallel_world_size(mpu) * bwc_pipeline_parallel_world_size(mpu))
+def _size(mpu: Any, kind: str) -> int:
+    """The mpu's size of a parallelism that DeepSpeed does not ask for, by megatron-core's names."""
+    ask = getattr(mpu, f"get_{kind}_parallel_world_size", None)
+    return 1 if ask is None else int(ask())
 
 
-def _covers_world(mpu: Any, model_parallel_size: int) -> bool:
-    if mpu is None or model_parallel_size > 1:
+def _covers_world(mpu: Any) -> bool:
+    if mpu is None:
         return True
     if not hasattr(mpu, "get_data_parallel_group"):
         return False
-    return dist.get_world_size(mpu.get_data_parallel_group()) == dist.get_world_size()
+    sizes = (
+        dist.get_world_size(mpu.get_data_parallel_group()),
+        bwc_tensor_model_parallel_world_size(mpu),
+        bwc_pipeline_parallel_world_size(mpu),
+    )
+    return math.prod(sizes) == dist.get_world_size()
 
 
 def _check_zero_init(model: nn.Module, groups: ReplicaGroups) -> None:
@@ -168,7 +219,10 @@ def check_engine(engine: Any, groups: ReplicaGroups) -> None:
     """DeepSpeed must reduce gradients, and shard, over the replica and nothing else."""
     assert type(engine.basic_optimizer) is LoRDO, type(engine.basic_optimizer)
     expected = list(groups.layout.shard_group(engine.global_rank))
-    for group in [engine.data_parallel_group, engine.seq_data_parallel_group, *shard_groups(engine)]:
+    asked = [engine.data_parallel_group, engine.seq_data_parallel_group, engine.mpu.get_data_parallel_group()]
+    for group in [*asked, *shard_groups(engine)]:
         members = dist.get_process_group_ranks(group)
         if sorted(members) != expected or engine.dp_world_size != len(expected):
             raise RuntimeError(f"LoRDO: DeepSpeed reduces gradients over ranks {members}, the replica is {expected}")
+    if is_pipeline(engine):
+        check_pipeline(engine, groups)

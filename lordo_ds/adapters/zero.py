@@ -5,7 +5,8 @@ Read off the internals of DeepSpeed 0.19.8, one function per wrapper, and checke
     the optimizer itself           fp32, stage 0           the parameters
     FP16_UnfusedOptimizer          bf16 and fp16, stage 0  one fp32 master per parameter
     DeepSpeedZeroOptimizer         stages 1 and 2          per group, an equal part of all parameters laid end to end
-    BF16_Optimizer                 bf16, stage 1           the same, where gradients accumulate in fp32
+    BF16_Optimizer                 bf16, stage 1           the same, where gradients accumulate in fp32,
+                                   bf16, pipelines         and at stage 0: it shards there too
     DeepSpeedZeroOptimizer_Stage3  stage 3                 per sub-group, an equal part of each parameter
 """
 
@@ -220,7 +221,7 @@ def _full_shape(parameter: nn.Parameter) -> Sequence[int]:
 
 
 def shard_groups(engine: Any) -> list[dist.ProcessGroup]:
-    """The process groups that DeepSpeed shards the stepped tensors over; none at stage 0."""
+    """The process groups that DeepSpeed shards the stepped tensors over; none at stage 0, but for bf16 pipelines."""
     return [one.group for one in _stepped_tensors(engine) if one.group is not None]
 
 
@@ -263,7 +264,7 @@ def refresh_low_precision(engine: Any) -> None:
 
 def take_masters_from_model(engine: Any) -> None:
     """Give stage 0's masters the model's weights; DeepSpeed 0.19.8 forgets it when it loads weights only."""
-    if type(engine.optimizer) is FP16_UnfusedOptimizer:
+    if type(engine.optimizer) in (FP16_UnfusedOptimizer, BF16_Optimizer):
         engine.optimizer.refresh_fp32_params()
 
 

@@ -126,9 +126,12 @@ def overlap(new: Tensor, old: Tensor) -> float:
     return float((new.mT @ old).square().sum() / min(new.shape[-1], old.shape[-1]))
 
 
-def sketch_seed(name: str, sync_number: int) -> int:
-    """Seed of a matrix's Gaussian sketch; the same on every rank that holds the matrix."""
-    return zlib.crc32(f"{name}#{sync_number}".encode())
+def sketch_seed(basis_side: int, step: int) -> int:
+    """Seed of the Gaussian sketch of matrices with a basis side of that length.
+
+    The same on every rank that holds the matrix, and not a matter of its name, which wrappers and pipelines change.
+    """
+    return zlib.crc32(f"{basis_side}#{step}".encode())
 
 
 def _leading_left_space(

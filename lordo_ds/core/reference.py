@@ -82,7 +82,7 @@ class Reference:
             p.rank,
             method=self.config.basis_update,
             source=self.config.basis_source,
-            seed=sketch_seed(p.name, self.n),
+            seed=sketch_seed(p.basis_side, self.n),
         ).basis
         if old is not None and S["t"] > 0:
             R = S["Q"].T @ old

@@ -14,7 +14,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import Interval, MatrixShards, Tile
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.inner import StepSettings
-from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.inside import InsideComm, InsideReplica
 
 # Running averages and which of the two betas they follow.
 MOMENTS = {"exp_avg": 0, "exp_avg_sq": 1, "row_mean_sq": 1, "col_mean_sq": 1}
@@ -56,25 +56,30 @@ class Fragment:
         tensor: Tensor,
         offset: int,
         intervals: tuple[Interval, ...],
-        comm: ShardComm,
+        inside: InsideReplica,
         state: dict[str, Any],
         group: dict[str, Any],
+        tied_copy: bool = False,
     ) -> None:
-        self.plan, self.comm, self.state, self.group = plan, comm, state, group
+        self.plan, self.inside, self.comm, self.state, self.group = plan, inside, inside.shard, state, group
         self._tensor, self._offset = tensor, offset
-        start, stop = intervals[comm.index]
+        # Copies on several tensor indices or pipeline stages are stepped alike; one of them counts.
+        self.duplicated = inside.tensor.size > 1 and plan.partitions == 1
+        self.counts = not tied_copy and (not self.duplicated or inside.tensor.index == 0)
+        start, stop = intervals[self.comm.index]
         self.numel = stop - start
         self.intervals = intervals
         self.gradient: Tensor | None = None
         self.settings: StepSettings | None = None
         self.energies: tuple[Tensor, Tensor] | None = None
+        self.gradient_square: Tensor | None = None
         self.own_pseudo_gradient: Tensor | None = None
         self.shards: MatrixShards | None = None
         self.tiles: tuple[OrientedTile, ...] = ()
         if plan.low_rank:
             rows, columns = plan.shape
             self.shards = MatrixShards((rows, columns), plan.side == "rows", intervals)
-            self.tiles = tuple(self._orient(tile) for tile in self.shards.tiles(comm.index))
+            self.tiles = tuple(self._orient(tile) for tile in self.shards.tiles(self.comm.index))
 
     # -- elements ------------------------------------------------------------------------------------
 
@@ -181,6 +186,16 @@ class Fragment:
             if name in self.state:
                 yield name, self.state[name], self.betas[which]
 
+    @property
+    def slices(self) -> InsideComm:
+        """The ranks that hold the other tensor-parallel slices of this matrix."""
+        return self.inside.tensor if self.plan.partitions > 1 else InsideComm()
+
+    def publish_(self, tensor: Tensor) -> Tensor:
+        """Give every rank of the replica that holds a part or a copy of the parameter the first one's value."""
+        self.inside.tensor.broadcast_(tensor, "basis")
+        return self.comm.broadcast_(tensor, "basis")
+
     # -- the whole basis -----------------------------------------------------------------------------
 
     def whole_basis(self) -> Tensor:
@@ -212,10 +227,13 @@ class Fragment:
 
 
 class ShardedMatrix:
-    """A `LeftMatrix` whose elements lie on the shards like a fragment's."""
+    """A `LeftMatrix` whose elements lie on the shards and tensor slices like a fragment's; `shape` is its own part.
+
+    No slice cuts the basis side, so products over l are summed, r columns at a time, and nothing else.
+    """
 
     def __init__(self, fragment: Fragment, elements: Tensor) -> None:
-        self.fragment, self.elements = fragment, elements
+        self.fragment, self.elements, self.slices = fragment, elements, fragment.slices
         self.shape = (fragment.plan.basis_side, fragment.plan.other_side)
 
     def like(self) -> Tensor:
@@ -227,10 +245,12 @@ class ShardedMatrix:
             peak[0] = torch.linalg.vector_norm(self.elements, float("inf"))
         peak = torch.where(torch.isfinite(peak), peak, torch.full_like(peak, float("inf")))
         self.fragment.comm.max_(peak, "basis")
+        self.slices.max_(peak, "basis")
         if not bool(torch.isfinite(peak[0])) or not bool(peak[0] > 0):
             return float(peak[0]), 0.0
         square = (self.elements / peak[0].to(self.elements.dtype)).square().sum(dtype=torch.float64).reshape(1)
-        return float(peak[0]), float(self.fragment.comm.sum_(square, "basis")[0]) ** 0.5
+        self.fragment.comm.sum_(square, "basis")
+        return float(peak[0]), float(self.slices.sum_(square, "basis")[0]) ** 0.5
 
     def apply(self, columns: Tensor, scale: float) -> Tensor:
         comm, width = self.fragment.comm, columns.shape[1]
@@ -241,14 +261,17 @@ class ShardedMatrix:
         image = columns.new_zeros(self.shape[0], width)
         for tile in self.fragment.tiles:
             image[tile.s_whole] += tile.view(self.elements) @ middle[tile.l_whole]
-        return comm.sum_(image, "basis").div_(scale)
+        return self.slices.sum_(comm.sum_(image, "basis"), "basis").div_(scale)
 
     def full(self, scale: float) -> Tensor:
         whole = self.elements.new_zeros(self.shape)
         for tile in self.fragment.tiles:
             whole[tile.s_whole, tile.l_whole] = tile.view(self.elements)
-        return self.fragment.comm.sum_(whole, "basis").div_(scale)
+        self.fragment.comm.sum_(whole, "basis").div_(scale)
+        # The slices lie along l, whose order the left space does not depend on.
+        parts = self.slices.gather(whole.flatten(), "basis")
+        return parts.view(self.slices.size, *whole.shape).transpose(0, 1).reshape(whole.shape[0], -1)
 
     def agree(self, flag: bool) -> bool:
         answer = torch.tensor([int(flag)], device=self.elements.device)
-        return bool(self.fragment.comm.broadcast_(answer, "basis")[0])
+        return bool(self.fragment.publish_(answer)[0])

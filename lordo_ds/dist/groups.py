@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -13,10 +14,11 @@ _groups: dict[tuple[object, tuple[int, ...]], dist.ProcessGroup] = {}
 
 @dataclass(frozen=True)
 class ReplicaGroups:
-    """This rank's place on the mesh and its groups.
+    """This rank's place on the mesh pipe x replica x shard x tensor, and its groups.
 
-    `shard` spans the ranks of this replica, `replica` those that hold the same shard in every replica,
-    `alone` this rank only.
+    `layout` holds the data-parallel ranks of this rank's stage and tensor index. `shard` spans those of this replica,
+    `replica` those that hold the same shard in every replica, `tensor` the ranks that hold slices of the same
+    matrices, `inside` every rank of this replica (of all stages, shards and tensor indices), `alone` this rank only.
     """
 
     layout: ReplicaLayout
@@ -24,29 +26,59 @@ class ReplicaGroups:
     shard_index: int
     shard: dist.ProcessGroup
     replica: dist.ProcessGroup
+    tensor: dist.ProcessGroup
+    inside: dist.ProcessGroup
     alone: dist.ProcessGroup
+    pipe_size: int = 1
+
+    @property
+    def tensor_size(self) -> int:
+        return dist.get_world_size(self.tensor)
 
 
-def replica_groups(layout: ReplicaLayout) -> ReplicaGroups:
-    """Create (once per process and default group) the groups that this rank is a member of.
+def replica_groups(
+    layout: ReplicaLayout, tensor_ranks: Sequence[int] | None = None, pipe_size: int = 1
+) -> ReplicaGroups:
+    """The groups that this rank is a member of. Collective over all ranks.
 
-    Collective over the members of each group only; every member calls it with the same layout.
+    Args:
+        layout: of this rank's data-parallel ranks.
+        tensor_ranks: dist_ranks of this rank's tensor-parallel group, in its order; default: this rank only.
+        pipe_size: pipeline stages.
     """
     me = dist.get_rank()
     replica_index, shard_index = layout.position(me)
+    places: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(places, replica_index)
+    inside = [rank for rank, replica in enumerate(places) if replica == replica_index]
+    shard, replica, tensor, everyone, alone = make_groups(
+        [layout.shard_group(me), layout.replica_group(me), tensor_ranks or (me,), inside, (me,)]
+    )
     return ReplicaGroups(
         layout=layout,
         replica_index=replica_index,
         shard_index=shard_index,
-        shard=_group(layout.shard_group(me)),
-        replica=_group(layout.replica_group(me)),
-        alone=_group((me,)),
+        shard=shard,
+        replica=replica,
+        tensor=tensor,
+        inside=everyone,
+        alone=alone,
+        pipe_size=pipe_size,
     )
 
 
-def _group(ranks: tuple[int, ...]) -> dist.ProcessGroup:
-    # Keyed by the default group too: it may be destroyed and made anew in one process.
-    key = (dist.group.WORLD, ranks)
-    if key not in _groups:
-        _groups[key] = dist.new_group(list(ranks), use_local_synchronization=True)
-    return _groups[key]
+def make_groups(wanted: Sequence[Sequence[int]]) -> list[dist.ProcessGroup]:
+    """The process groups of these lists of ranks, each created once. Collective over all ranks, of the whole world.
+
+    Every rank creates the groups of all, in one order. With `use_local_synchronization` only its members would, but
+    torch 2.13 names such a group by how many the rank is in already: where those counts differ (between pipeline
+    stages, say), its members wait for each other for ever.
+    """
+    mine = [tuple(ranks) for ranks in wanted]
+    everybody: list[list[tuple[int, ...]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    for ranks in sorted({ranks for one in everybody for ranks in one}):
+        # Keyed by the default group too: it may be destroyed and made anew in one process.
+        if (dist.group.WORLD, ranks) not in _groups:
+            _groups[dist.group.WORLD, ranks] = dist.new_group(list(ranks))
+    return [_groups[dist.group.WORLD, ranks] for ranks in mine]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lordo_ds.core.inner import StepSettings, Update, advance_moments_, apply_update_, with_error
 from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.inside import InsideComm, InsideReplica
 
 
 @dataclass(eq=False)
@@ -48,10 +48,10 @@ def step_fragments_(
     fragments: Sequence[Fragment],
     gradients: Sequence[Tensor],
     settings: Sequence[StepSettings],
-    comm: ShardComm,
+    inside: InsideReplica,
     measure: bool,
 ) -> None:
-    """Step projected fragments that have a basis, in place. Collective over the shard group.
+    """Step projected fragments that have a basis, in place. Collective over the shard group and the slices.
 
     Args:
         fragments: in the same order on every rank of the shard group.
@@ -59,10 +59,11 @@ def step_fragments_(
         settings: of each fragment; `step` counts this one.
         measure: leave the gradient's energies, inside the basis and in all, in each fragment.
     """
-    works = [_project(*each, measure) for each in zip(fragments, gradients, settings, strict=True)]
+    works, comm = [_project(*each, measure) for each in zip(fragments, gradients, settings, strict=True)], inside.shard
     if comm.size > 1:
         _sum_borders(works, comm)
         _scatter_columns(works, comm)
+    _sum_rows_over_slices(works, inside.tensor)
     updates = _advance(works)
     errors = [None if work.fragment.error is None else work.lines[: work.rank] for work in works]
     if comm.size > 1:
@@ -106,7 +107,7 @@ class _Slot:
         return self.count * self.values.shape[1]
 
 
-def _sum_borders(works: list[_Work], comm: ShardComm) -> None:
+def _sum_borders(works: list[_Work], comm: InsideComm) -> None:
     """Complete the coordinates of border rows and the row sums, in one all-reduce."""
     slots: list[_Slot] = []
     for work in works:
@@ -136,7 +137,7 @@ def _sum_borders(works: list[_Work], comm: ShardComm) -> None:
             slot.values.copy_(part)
 
 
-def _scatter_columns(works: list[_Work], comm: ShardComm) -> None:
+def _scatter_columns(works: list[_Work], comm: InsideComm) -> None:
     """Sum partial coordinates over the shards; each keeps its slice of the columns."""
     chosen = [work for work in works if work.on_rows]
     if not chosen:
@@ -153,6 +154,14 @@ def _scatter_columns(works: list[_Work], comm: ShardComm) -> None:
         assert work.fragment.shards is not None
         first, last = work.fragment.shards.moment_columns(comm.index)
         work.lines = part.view(len(work.lines), -1)[:, : last - first]
+
+
+def _sum_rows_over_slices(works: list[_Work], tensor: InsideComm) -> None:
+    """Complete the row sums of matrices that tensor parallelism slices, in one all-reduce."""
+    sums = [work.row_sums for work in works if work.row_sums is not None and work.fragment.plan.partitions > 1]
+    if tensor.size > 1 and sums:
+        flat = tensor.sum_(torch.cat(sums), "row_sums")
+        torch._foreach_copy_(sums, list(flat.split([part.numel() for part in sums])))
 
 
 def _advance(works: list[_Work]) -> list[Update]:
@@ -186,16 +195,29 @@ def _advance_together(works: list[_Work]) -> list[Update]:
     )
     if settings.qh_mode == "factored":
         sums = [work.row_sums for work in works if work.row_sums is not None] + [work.lines[-1] for work in works]
-        sides = [work.fragment.plan.other_side for work in works] + [work.fragment.plan.basis_side for work in works]
+        plans = [work.fragment.plan for work in works]
+        sides = [plan.whole_other_side for plan in plans] + [plan.basis_side for plan in plans]
         means = [state[name] for name in ("row_mean_sq", "col_mean_sq") for state in states]
         torch._foreach_lerp_(means, torch._foreach_div(sums, sides), 1.0 - settings.betas[1])
         corrected = torch._foreach_div(means, settings.bias_corrections[1])
-        for update, row, col in zip(updates, corrected[: len(works)], corrected[len(works) :], strict=True):
-            update.row, update.col = row, col
+        for work, update, row, col in zip(
+            works, updates, corrected[: len(works)], corrected[len(works) :], strict=True
+        ):
+            update.row, update.col, update.mean = row, col, _mean_of_rows(work, row)
     return updates
 
 
-def _gather_columns(works: list[_Work], updates: list[Update], errors: list[Tensor | None], comm: ShardComm) -> None:
+def _mean_of_rows(work: _Work, row: Tensor) -> Tensor:
+    """Mean of the row means: this shard's share of it where shards hold different rows."""
+    assert work.fragment.shards is not None
+    if work.on_rows and work.fragment.comm.size > 1:
+        first = work.fragment.shards.rows(work.fragment.comm.index)[0]
+        owned = work.fragment.shards.owned_rows(work.fragment.comm.index)
+        row = row[max(0, owned[0] - first) : max(0, owned[1] - first)]
+    return row.sum() / work.fragment.plan.basis_side
+
+
+def _gather_columns(works: list[_Work], updates: list[Update], errors: list[Tensor | None], comm: InsideComm) -> None:
     """Give every shard the columns that its tiles need of matrices with the basis on their rows."""
     chosen = [i for i, work in enumerate(works) if work.on_rows]
     if not chosen:
@@ -206,8 +228,13 @@ def _gather_columns(works: list[_Work], updates: list[Update], errors: list[Tens
         assert shards is not None
         lines = torch.cat(_gathered_lines(updates[i], errors[i]))
         rows.append(torch.nn.functional.pad(lines, (0, shards.slice_width - lines.shape[1])))
-    everything = comm.gather(torch.cat([row.flatten() for row in rows]), "columns")
-    for i, part, row in zip(chosen, everything.split([row.numel() for row in rows], dim=1), rows, strict=True):
+    shares = [mean for i in chosen if (mean := updates[i].mean) is not None]
+    mine = torch.cat([*(row.flatten() for row in rows), *(share.view(1) for share in shares)])
+    everything = comm.gather(mine, "columns")
+    for i, mean in zip(chosen if shares else (), everything[:, len(mine) - len(shares) :].sum(0), strict=True):
+        updates[i].mean = mean
+    columns_of = everything[:, : len(mine) - len(shares)].split([row.numel() for row in rows], dim=1)
+    for i, part, row in zip(chosen, columns_of, rows, strict=True):
         columns = works[i].fragment.plan.other_side
         whole = part.reshape(comm.size, len(row), -1).transpose(0, 1).reshape(len(row), -1)[:, :columns]
         _set_gathered(
@@ -249,9 +276,6 @@ def _measure(work: _Work) -> None:
 
 def _apply(work: _Work, update: Update, projected: Tensor | None) -> None:
     fragment = work.fragment
-    if update.row is not None and update.col is not None:
-        # Row and column means of G^2 have the same mean; the one that every rank holds whole is used.
-        update.mean = (update.col if work.on_rows else update.row).mean() if fragment.numel else None
     weight = fragment.weight
     for tile in fragment.tiles:
         Q, G = fragment.basis[tile.s], tile.view(work.gradient)

@@ -12,7 +12,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.inner import rescale_bias_correction
 from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.inside import InsideComm
 from lordo_ds.dist.wire import ReplicaWire
 
 
@@ -60,7 +60,7 @@ def common_moments_(
                 tensor.copy_(part.view_as(tensor))
 
 
-def republish_(bucket: Sequence[Fragment], shard: ShardComm) -> None:
+def republish_(bucket: Sequence[Fragment], shard: InsideComm) -> None:
     """Give state that several shards keep the value of its first holder on all of them. Collective over shards.
 
     Averages in several groups add in different orders, and products of different widths round differently: the

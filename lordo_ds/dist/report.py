@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.wire import ReplicaWire
 
 
@@ -33,13 +35,13 @@ class RowAverager:
         self.pending: list[list[float]] = []
         self._averaged: list[list[float]] = []
 
-    def reduce(self, wire: ReplicaWire, shard: ShardComm, device: torch.device) -> None:
+    def reduce(self, wire: ReplicaWire, inside: InsideReplica) -> None:
         """Average the pending rows. Collective: every rank has recorded equally many."""
         if not self.pending:
             return
-        table = torch.tensor(self.pending, dtype=torch.float64, device=device)
-        shard.sum_(table, "rows")
-        wire.sum_(table, "rows").div_(wire.replicas * shard.size)
+        table = torch.tensor(self.pending, dtype=torch.float64, device=inside.device)
+        inside.rows.sum_(table, "rows")
+        wire.sum_(table, "rows").div_(wire.replicas * inside.rows.size)
         self._averaged += table.tolist()
         self.pending = []
 
@@ -47,3 +49,16 @@ class RowAverager:
         """Rows averaged since the last call, in order."""
         rows, self._averaged = self._averaged, []
         return rows
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element of every tensor is finite, without a mask of their size."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
+    for group in by_dtype.values():
+        peaks = torch.stack([peak.float() for peak in torch._foreach_norm(group, float("inf"))])
+        if not bool(torch.isfinite(peaks).all()):
+            return False
+    return True

@@ -10,29 +10,25 @@ import torch
 from torch import Tensor
 
 from lordo_ds.config import LordoConfig
-from lordo_ds.core.basis import WholeMatrix, overlap, refresh_basis, sketch_seed
 from lordo_ds.core.fragments import bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.inner import rotate_moments_
 from lordo_ds.core.outer import outer_update, pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.dist.bases import Bases
 from lordo_ds.dist.checksum import checksum
-from lordo_ds.dist.fragment import Fragment, ShardedMatrix
+from lordo_ds.dist.copies import TensorCopies, TiedCopies, TiedWeight
+from lordo_ds.dist.fragment import Fragment
+from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
 from lordo_ds.dist.moments import common_moments_, republish_
-from lordo_ds.dist.report import RowAverager, SyncReport
-from lordo_ds.dist.shards import ShardComm
-from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.dist.report import RowAverager, SyncReport, all_finite
+from lordo_ds.dist.wire import ReplicaWire, SyncError
 
 logger = logging.getLogger("lordo_ds")
 
 DEFAULT_BUCKET_NUMEL = 1 << 24  # elements reduced in one message; bounds the workspace of a sync
 _HEADER_FIELDS = 6  # step, rows, finite, executed steps, executed now, basis checksum
 _TRAILER_FIELDS = 4  # checksum, |D_m|^2, energy inside the basis, energy
-
-
-class SyncError(RuntimeError):
-    """The replicas can no longer be trusted to be equal; training must not go on."""
 
 
 class OuterSync:
@@ -47,11 +43,13 @@ class OuterSync:
         config: LordoConfig,
         items: Sequence[Fragment],
         wire: ReplicaWire,
-        shard: ShardComm,
+        inside: InsideReplica,
+        tied: Sequence[TiedWeight] = (),
         bucket_numel: int = DEFAULT_BUCKET_NUMEL,
     ) -> None:
-        self.config, self.items, self.wire, self.shard = config, list(items), wire, shard
-        self.own_basis = wire.replicas == 1 or config.projection == "local"
+        self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
+        self.bases = Bases(config, items, wire, inside)
+        self.tensor_copies, self.tied_copies = TensorCopies(items, inside.tensor), TiedCopies(items, tied)
         self.buckets = [self.items[a:b] for a, b in bucket_bounds([i.plan.numel for i in self.items], bucket_numel)]
         self.syncs = 0
         self.nonfinite_syncs = 0
@@ -59,10 +57,6 @@ class OuterSync:
         self.last_synced_step = 0
         self.last_report: SyncReport | None = None
         self.rows = RowAverager()
-        # Ranks of this replica whose rows differ; at stage 0 they hold whole parameters and are no shards.
-        self.row_comm = shard
-        self._told: set[tuple[str, str]] = set()
-        self._notes: dict[str, str] = {}
 
     # -- start ---------------------------------------------------------------------------------------
 
@@ -70,10 +64,13 @@ class OuterSync:
         """Make the weights equal to those of replica 0 and set the anchors; True if they were equal before."""
         equal = True
         if self.wire.replicas > 1:
-            sums = self.wire.gather(self._vector([checksum(item.weight for item in self.items)]), "start")
+            sums = self.wire.gather(self.inside.vector([checksum(item.weight for item in self.items)]), "start")
             equal = bool((sums == sums[0]).all())
             for item in self.items if not equal else ():
                 self.wire.broadcast_(item.weight, "start")
+        if not self.tensor_copies.start_():
+            logger.warning("LoRDO: tensor-parallel ranks started with different copies; all now have the first one's")
+        self.tied_copies.republish_(moments=False)
         for item in self.items:
             if self.needs_anchor(item.plan):
                 item.state["anchor"] = self._place(item.weight)
@@ -98,72 +95,10 @@ class OuterSync:
         host = torch.empty(tensor.shape, dtype=dtype, pin_memory=True)
         return host.copy_(tensor.detach())
 
-    # -- the first basis -----------------------------------------------------------------------------
-
-    def waits_for_basis(self) -> bool:
-        """Whether some matrix has no basis yet that only all replicas together can give it."""
-        return not self.own_basis and any(item.plan.low_rank and not item.has_basis for item in self.items)
-
-    def first_basis(self, step: int) -> bool:
-        """Bases from the first gradient averaged over the replicas that executed it. Collective.
-
-        Returns:
-            Whether there was such a replica; otherwise it is tried again after the next step.
-        """
-        waiting = [item for item in self.items if item.plan.low_rank and not item.has_basis]
-        executed = any(item.settings is not None for item in waiting)
-        executed = self._all_shards(executed and _all_finite([i.gradient for i in waiting if i.gradient is not None]))
-        flags = self.wire.gather(self._vector([step, int(executed)]), "first_basis")
-        self._assert_same("step", flags[:, 0])
-        givers = int(flags[:, 1].sum())
-        if givers == 0:
-            for item in waiting:  # a replica that skips the next attempt must not apply this one then
-                item.gradient = item.settings = None
-            return False
-        for item in waiting:
-            mean = torch.zeros_like(item.weight)
-            if executed and item.gradient is not None:
-                mean.copy_(item.gradient)
-            self.wire.sum_(mean, "first_basis").div_(givers)
-            self.refresh(item, mean, step)
-        return True
-
-    def refresh_in_step(self, item: Fragment, elements: Tensor, step: int) -> None:
-        """`refresh` from a replica's own gradient, inside a step."""
-        self.refresh(item, elements, step)
-        republish_([item], self.shard)
-
-    def refresh(self, item: Fragment, elements: Tensor, step: int) -> float | None:
-        """Refresh one basis from a matrix laid out like the fragment, and express the moments in it.
-
-        Collective over the shards; bitwise equal on them.
-
-        Returns:
-            The overlap of the new basis with the previous one, or None for a first basis.
-        """
-        old = item.whole_basis().clone() if item.has_basis else None
-        whole = self.shard.size == 1
-        refreshed = refresh_basis(
-            WholeMatrix(item.plan.orient(elements.view(item.plan.shape))) if whole else ShardedMatrix(item, elements),
-            old,
-            item.plan.rank,
-            method=self.config.basis_update,
-            source=self.config.basis_source,
-            seed=sketch_seed(item.plan.name, step),
-        )
-        if refreshed.note:
-            what = "keeping the previous basis" if refreshed.kept else "basis"
-            # A lasting condition is told once a parameter; the report of every sync carries it.
-            level = logging.DEBUG if (item.plan.name, refreshed.note) in self._told else logging.WARNING
-            self._told.add((item.plan.name, refreshed.note))
-            logger.log(level, "LoRDO: %s of %s at step %d: %s", what, item.plan.name, step, refreshed.note)
-            self._notes[item.plan.name] = refreshed.note
-        new = self.shard.broadcast_(refreshed.basis.contiguous(), "basis")
-        if old is not None and not refreshed.kept:
-            moments = item.state["exp_avg"], item.state["exp_avg_sq"]
-            rotate_moments_(*moments, new.mT @ old, item.betas, item.step)
-        item.store_basis(new)
-        return None if old is None else overlap(new, old)
+    def check_copies(self, step: int) -> None:
+        """Refuse to go on where copies of a parameter inside the replica have got different gradients. Collective."""
+        self.tensor_copies.check_gradients(step)
+        self.tied_copies.check_gradients(step)
 
     # -- the sync ------------------------------------------------------------------------------------
 
@@ -189,17 +124,17 @@ class OuterSync:
         finite = header[:, 2].bool().tolist()
         participants = [m for m, ok in enumerate(finite) if ok]
         report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
-        self.rows.reduce(self.wire, self.row_comm, self._device)
+        self.rows.reduce(self.wire, self.inside)
         common_executed = int(header[participants or slice(None), 3].max())
         if participants:
             self.nonfinite_syncs = 0
-            norms = self._sync_participants(plan, step, header, participants)
+            shares: tuple[float, ...] = self._sync_participants(plan, step, header, participants)
         else:
-            norms = (0.0, 0.0)
+            shares = (0.0, 0.0, 0.0, 0.0)
             self._return_to_anchor(report)
         self.syncs += 1
         self.last_synced_step = step
-        self._finish(plan, report, norms)
+        self._finish(plan, report, shares)
         report.seconds = time.perf_counter() - began
         report.bytes_sent = self.wire.ledger.total_bytes - sent_before
         return common_executed
@@ -207,13 +142,13 @@ class OuterSync:
     def _exchange_header(self, step: int, executed_steps: int, executed_now: bool) -> Tensor:
         # One replica that keeps no anchor has nothing to return to: like AdamW, it goes on.
         can_return = self.wire.replicas > 1 or not self.config.outer.is_plain_average
-        finite = not can_return or self._all_shards(self._is_finite())
-        shared_bases = [] if self.own_basis else [i.basis for i in self.items if i.plan.low_rank]
+        finite = not can_return or not self.inside.any_rank(not self._is_finite())
+        shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
         fields = [step, len(self.rows.pending), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
         assert len(fields) == _HEADER_FIELDS
-        header = self.wire.gather(self._vector(fields + [item.step for item in self.items]), "header").cpu()
-        self._assert_same("step", header[:, 0])
-        self._assert_same("recorded rows", header[:, 1])
+        header = self.wire.gather(self.inside.vector(fields + [item.step for item in self.items]), "header").cpu()
+        self.wire.assert_same("step", header[:, 0])
+        self.wire.assert_same("recorded rows", header[:, 1])
         if not bool((header[:, 5] == header[0, 5]).all()):
             raise SyncError(
                 f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
@@ -225,20 +160,15 @@ class OuterSync:
         for item in self.items:
             tensors += [tensor for _, tensor, _ in item.moments()]
             tensors += [item.error] if item.error is not None else []
-        return _all_finite(tensors)
-
-    def _all_shards(self, flag: bool) -> bool:
-        """Whether it holds on every shard of this replica."""
-        failed = torch.tensor([float(not flag)], device=self._device)
-        return not bool(self.shard.max_(failed, "flags")[0])
+        return all_finite(tensors)
 
     def _sync_participants(
         self, plan: SyncPlan, step: int, header: Tensor, participants: list[int]
-    ) -> tuple[float, float]:
-        """Returns the squared norms of this replica's and of the mean pseudo-gradient."""
+    ) -> tuple[float, ...]:
+        """Returns this rank's share of what the report adds up: see `_finish`."""
         takes_part = self.wire.index in participants
         gives_gradient = [m for m in participants if header[m, 4]]
-        own_norm, mean_norm, overlaps = 0.0, 0.0, []
+        own_norm, mean_norm, overlaps = 0.0, 0.0, [0.0, 0.0]
         position = _HEADER_FIELDS
         for bucket in self.buckets:
             steps = header[:, position : position + len(bucket)]
@@ -247,7 +177,7 @@ class OuterSync:
             means, own = self._mean_pseudo_gradients(anchored, participants, takes_part)
             own_norm += own
             for item, mean in zip(anchored, means, strict=True):
-                mean_norm += float(mean.square().sum())
+                mean_norm += float(mean.square().sum()) if item.counts else 0.0
                 self._step_weight(item, mean, plan)
             common_moments_(bucket, steps, participants, takes_part, plan, self.config, self.wire)
             by_item = {id(item): mean for item, mean in zip(anchored, means, strict=True)}
@@ -255,14 +185,16 @@ class OuterSync:
                 matrix = self._basis_matrix(item, by_item, gives_gradient, takes_part)
                 if matrix is None:
                     continue
-                overlaps.append(self.refresh(item, matrix, step))
-            republish_(bucket, self.shard)
+                overlap = self.bases.refresh(item, matrix, step)
+                if overlap is not None and self.inside.tensor.index == 0:
+                    overlaps = [overlaps[0] + overlap, overlaps[1] + 1.0]
+            republish_(bucket, self.inside.shard)
+            if self.wire.replicas > 1:
+                self.tensor_copies.republish_(bucket)
+        if self.wire.replicas > 1:
+            self.tied_copies.republish_(moments=self.config.average_dense_moments)
         self._reseed(participants, takes_part, step)
-        report = self.last_report
-        assert report is not None
-        known = [value for value in overlaps if value is not None]
-        report.overlap = sum(known) / len(known) if known else None
-        return own_norm, mean_norm
+        return own_norm, mean_norm, *overlaps
 
     def _mean_pseudo_gradients(
         self, items: list[Fragment], participants: list[int], takes_part: bool
@@ -277,7 +209,7 @@ class OuterSync:
                 pseudo_gradient(item.state["anchor"], item.weight, out=part)
                 if self.config.projection == "local":
                     item.own_pseudo_gradient = part.clone()
-        own = float(flat.square().sum())
+        own = sum(float(part.square().sum()) for item, part in zip(items, parts, strict=True) if item.counts)
         if self.wire.replicas > 1 and flat.numel():
             flat.div_(len(participants))
             if self.config.pseudo_gradient_dtype == "bf16":
@@ -305,7 +237,7 @@ class OuterSync:
             if self.config.projection == "local" and self.wire.replicas > 1:
                 return item.own_pseudo_gradient
             return means[id(item)]
-        if self.own_basis:
+        if self.bases.each_replica_its_own:
             return None  # refreshed inside the due step already
         matrix = torch.zeros_like(item.weight)
         if self.wire.index in gives_gradient and item.gradient is not None:
@@ -329,7 +261,7 @@ class OuterSync:
                 received = tensor if not takes_part else tensor.clone()
                 self.wire.broadcast_(received, "reseed", donor)
             if not takes_part and item.plan.low_rank:
-                any_basis = self.shard.max_(item.basis.new_tensor([float(item.basis.any())]), "flags")
+                any_basis = self.inside.shard.max_(item.basis.new_tensor([float(item.basis.any())]), "flags")
                 item.state["has_basis"] = bool(any_basis[0])
                 if "error" in item.state:
                     item.state["error"].zero_()
@@ -357,37 +289,39 @@ class OuterSync:
                 item.state["error"].zero_()
             item.state["step"] = 0
 
-    def _finish(self, plan: SyncPlan, report: SyncReport, norms: tuple[float, float]) -> None:
-        """Prove that the replicas are equal, and average what the report says of them."""
-        report.basis_notes, self._notes = self._notes, {}
-        inside, energy = self._gradient_energies()
-        if self.shard.size > 1:
-            sums = torch.tensor([*norms, inside, energy], dtype=torch.float64, device=self._device)
-            own_norm, mean_norm, inside, energy = self.shard.sum_(sums, "report").tolist()
-            norms = own_norm, mean_norm
+    def _finish(self, plan: SyncPlan, report: SyncReport, shares: tuple[float, ...]) -> None:
+        """Prove that the replicas are equal, and average what the report says of them.
+
+        Args:
+            shares: this rank's share of |D_m|^2, |D|^2, the sum of overlaps, and how many they are.
+        """
+        report.basis_notes = self.bases.take_notes()
+        sums = torch.tensor([*shares, *self._gradient_energies()], dtype=torch.float64, device=self.inside.device)
+        own_norm, mean_norm, overlaps, refreshed, inside, energy = self.inside.everyone.sum_(sums, "report").tolist()
+        report.overlap = overlaps / refreshed if refreshed else None
         for item in self.items:
             item.gradient = item.own_pseudo_gradient = None
         if self.wire.replicas > 1:
-            numbers = torch.tensor([norms[0], inside, energy], dtype=torch.float64)
+            numbers = torch.tensor([own_norm, inside, energy], dtype=torch.float64)
             trailer = torch.cat([torch.tensor([checksum(self._shared_tensors(plan))]), numbers.view(torch.int64)])
             assert trailer.numel() == _TRAILER_FIELDS
-            rows = self.wire.gather(self._vector(trailer.tolist()), "checksum").cpu()
+            rows = self.wire.gather(self.inside.vector(trailer.tolist()), "checksum").cpu()
             if not bool((rows[:, 0] == rows[0, 0]).all()):
                 raise SyncError(
                     f"LoRDO: the replicas differ after the sync at step {report.step}: {self._culprit('all', plan)}"
                 )
-            sums = rows[:, 1:].contiguous().view(torch.float64).sum(0)
-            mean_own = float(sums[0]) / max(1, report.participants)
+            totals = rows[:, 1:].contiguous().view(torch.float64).sum(0)
+            mean_own = float(totals[0]) / max(1, report.participants)
             # Mean squared distance from the mean, by the variance identity.
-            report.drift = (max(0.0, mean_own - norms[1]) / norms[1]) ** 0.5 if norms[1] > 0 else 0.0
-            inside, energy = float(sums[1]), float(sums[2])
+            report.drift = (max(0.0, mean_own - mean_norm) / mean_norm) ** 0.5 if mean_norm > 0 else 0.0
+            inside, energy = float(totals[1]), float(totals[2])
         report.captured_gradient_energy = inside / energy if energy > 0 else None
 
     def _gradient_energies(self) -> tuple[float, float]:
         inside = energy = 0.0
         for item in self.items:
             measured, item.energies = item.energies, None
-            if measured is not None and all(bool(torch.isfinite(value)) for value in measured):
+            if item.counts and measured is not None and all(bool(torch.isfinite(value)) for value in measured):
                 inside, energy = inside + float(measured[0]), energy + float(measured[1])
         return inside, energy
 
@@ -397,7 +331,7 @@ class OuterSync:
             yield one.weight
             if "outer_momentum" in one.state:
                 yield one.state["outer_momentum"]
-            if one.plan.low_rank and not self.own_basis:
+            if one.plan.low_rank and not self.bases.each_replica_its_own:
                 yield one.basis
                 if plan.average_exp_avg:
                     yield one.state["exp_avg"]
@@ -413,7 +347,7 @@ class OuterSync:
                 sums.append(checksum([item.basis] if item.plan.low_rank else []))
             else:
                 sums.append(checksum(self._shared_tensors(plan, item)))
-        rows = self.wire.gather(self._vector(sums), "checksum").cpu()
+        rows = self.wire.gather(self.inside.vector(sums), "checksum").cpu()
         for column, item in enumerate(self.items):
             odd = [m for m in range(self.wire.replicas) if rows[m, column] != rows[0, column]]
             if odd:
@@ -422,20 +356,7 @@ class OuterSync:
 
     def flush_rows(self) -> None:
         """Average the recorded rows now, apart from a sync. Collective: every rank has recorded equally many."""
-        self.rows.reduce(self.wire, self.row_comm, self._device)
-
-    # -- small helpers -------------------------------------------------------------------------------
-
-    @property
-    def _device(self) -> torch.device:
-        return self.items[0].weight.device if self.items else torch.device("cpu")
-
-    def _vector(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64, device=self._device)
-
-    def _assert_same(self, what: str, values: Tensor) -> None:
-        if not bool((values == values[0]).all()):
-            raise SyncError(f"LoRDO: the replicas are out of step: {what} {values.tolist()}")
+        self.rows.reduce(self.wire, self.inside)
 
     def predicted_bytes(self, plan: SyncPlan, rows: int, row_length: int) -> int:
         """Bytes that this rank sends across replicas in an ordinary sync (all replicas take part)."""
@@ -458,19 +379,6 @@ class OuterSync:
             ):
                 moments = sum(i.state[n].numel() for i in averaged for n in names if n in i.state)
                 sent += reduction_bytes(width * moments, replicas) if due and moments else 0
-            if plan.refresh_basis and self.config.basis_source == "gradient" and not self.own_basis:
+            if plan.refresh_basis and self.config.basis_source == "gradient" and not self.bases.each_replica_its_own:
                 sent += sum(reduction_bytes(width * i.numel, replicas) for i in bucket if i.plan.low_rank)
         return sent
-
-
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every element of every tensor is finite, without a mask of their size."""
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.numel():
-            by_dtype.setdefault(tensor.dtype, []).append(tensor.detach())
-    for group in by_dtype.values():
-        peaks = torch.stack([peak.float() for peak in torch._foreach_norm(group, float("inf"))])
-        if not bool(torch.isfinite(peaks).all()):
-            return False
-    return True

@@ -1,50 +1,26 @@
-"""The collectives across replicas; every one is entered in the byte ledger."""
+"""The collectives across replicas."""
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lordo_ds.dist.ledger import ByteLedger, gather_bytes, reduction_bytes
+from lordo_ds.dist.comm import Comm
+from lordo_ds.dist.ledger import ByteLedger
 
 
-class ReplicaWire:
-    """The replica group of this rank: the ranks that hold the same shard in every replica.
+class SyncError(RuntimeError):
+    """The replicas, or the copies inside one, can no longer be trusted to be equal; training must not go on."""
 
-    With one replica (`group` None) every operation is the identity and sends nothing.
-    """
+
+class ReplicaWire(Comm):
+    """The replica group of this rank: the ranks that hold the same shard in every replica."""
 
     def __init__(self, group: dist.ProcessGroup | None = None, ledger: ByteLedger | None = None) -> None:
-        self.group = group
-        self.ledger = ledger or ByteLedger()
-        self.replicas = 1 if group is None else dist.get_world_size(group)
-        self.index = 0 if group is None else dist.get_rank(group)
+        super().__init__(group, ledger)
+        self.replicas = self.size
 
-    def sum_(self, tensor: Tensor, kind: str) -> Tensor:
-        """Sum over replicas, in place; bitwise equal on all of them."""
-        if self.replicas > 1 and tensor.numel():
-            dist.all_reduce(tensor, group=self.group)
-            self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.replicas))
-        return tensor
-
-    def gather(self, vector: Tensor, kind: str) -> Tensor:
-        """One row per replica: (replicas, n) from each replica's vector (n,)."""
-        if self.replicas == 1:
-            return vector.unsqueeze(0)
-        rows = [torch.empty_like(vector) for _ in range(self.replicas)]
-        dist.all_gather(rows, vector.contiguous(), group=self.group)
-        self.ledger.add(kind, gather_bytes(vector.numel() * vector.element_size(), self.replicas))
-        return torch.stack(rows)
-
-    def broadcast_(self, tensor: Tensor, kind: str, source: int = 0) -> Tensor:
-        """Copy the tensor of replica `source` to all, in place; only the source is charged for it."""
-        if self.replicas > 1 and tensor.numel():
-            assert self.group is not None
-            contiguous = tensor.contiguous()
-            dist.broadcast(contiguous, src=dist.get_global_rank(self.group, source), group=self.group)
-            if contiguous is not tensor:
-                tensor.copy_(contiguous)
-            if self.index == source:
-                self.ledger.add(kind, tensor.numel() * tensor.element_size())
-        return tensor
+    def assert_same(self, what: str, values: Tensor) -> None:
+        """Refuse to go on where one number per replica differs."""
+        if not bool((values == values[0]).all()):
+            raise SyncError(f"LoRDO: the replicas are out of step: {what} {values.tolist()}")

@@ -82,7 +82,7 @@ def _rebucket(optimizer: LoRDO, bucket_numel: int) -> None:
     optimizer._attach_alone()
     old = optimizer.sync
     assert old is not None
-    optimizer.sync = OuterSync(optimizer.config, old.items, old.wire, old.shard, bucket_numel=bucket_numel)
+    optimizer.sync = OuterSync(optimizer.config, old.items, old.wire, old.inside, bucket_numel=bucket_numel)
     assert len(optimizer.sync.buckets) > 2
 
 

@@ -1,24 +1,27 @@
-"""Fragments of a flat tensor, cut anywhere, follow `reference.py` on every replicas x shards layout.
+"""Fragments of a flat tensor, cut anywhere, follow `reference.py` on every replicas x shards x tensor layout.
 
-No engine: the flat tensor is cut here as ZeRO cuts its own, so that odd cuts can be tried cheaply.
+No engine: matrices are sliced here as Megatron's layers do, and the flat tensor of the slices is cut as ZeRO cuts its
+own, so that odd cuts can be tried cheaply.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lordo_ds import LoRDO, LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece
-from lordo_ds.core.grouping import plan_parameters
+from lordo_ds.core.grouping import ParameterFacts, plan_parameters
 from lordo_ds.core.mesh import replica_layout
 from lordo_ds.core.reference import Reference
-from lordo_ds.dist.groups import replica_groups
-from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.groups import ReplicaGroups, replica_groups
+from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.wire import ReplicaWire
 from tests import problems
 from tests.ranks import run_ranks
@@ -58,16 +61,41 @@ def cuts(kind: str, total: int, shards: int) -> list[int]:
     return [0, *range(3, 3 + shards - 1), total]  # several cuts inside the first row
 
 
+# The dimension that tensor parallelism slices; "small" and "bias" are kept whole by every tensor index.
+SLICED = {"tall": 0, "long": 0, "wide": 1, "square": 1}
+SLICED_ON_THE_SMALLER_SIDE = {"tall": 1, "long": 0, "wide": 1, "square": 0}
+
+
+def facts(sliced: dict[str, int], partitions: int) -> list[ParameterFacts]:
+    """Of the slices on one tensor index."""
+    found = []
+    for fact in problems.facts():
+        dim, shape = sliced.get(fact.name), list(fact.shape)
+        if dim is not None:
+            shape[dim] //= partitions
+        found.append(replace(fact, shape=tuple(shape), partition_dim=dim, partitions=1 if dim is None else partitions))
+    return found
+
+
+def flatten(values: dict[str, Tensor], sliced: dict[str, int], index: int, partitions: int) -> Tensor:
+    """One tensor index's slices, end to end."""
+    parts = []
+    for name in problems.SHAPES:
+        value = values[name]
+        if name in sliced:
+            value = value.chunk(partitions, dim=sliced[name])[index]
+        parts.append(value.flatten())
+    return torch.cat(parts)
+
+
 def flat_problem(
-    kind: str, shards: int, shard: int, dtype: torch.dtype
+    kind: str, shards: int, shard: int, slices: list[ParameterFacts], whole: Tensor
 ) -> tuple[FlatTensor, torch.nn.Parameter, slice]:
-    weights = problems.initial_weights(dtype)
-    whole = torch.cat([weights[name].flatten() for name in problems.SHAPES])
     edges = cuts(kind, whole.numel(), shards)
     held = slice(edges[shard], edges[shard + 1])
-    flat = torch.nn.Parameter(torch.cat([whole[held], torch.zeros(5, dtype=dtype)]))  # padding at the end
+    flat = torch.nn.Parameter(torch.cat([whole[held], torch.zeros(5, dtype=whole.dtype)]))  # padding at the end
     pieces, at = [], 0
-    for fact in problems.facts():
+    for fact in slices:
         numel = torch.Size(fact.shape).numel()
         spans = []
         for start, stop in itertools.pairwise(edges):
@@ -78,37 +106,73 @@ def flat_problem(
     return FlatTensor(flat, tuple(pieces)), flat, held
 
 
-def difference(case: dict[str, Any], kind: str, replica_size: int, dtype: torch.dtype) -> tuple[float, int]:
+def groups_of(replica_size: int, tensor: int) -> ReplicaGroups:
+    """The mesh replica x shard x tensor, tensor fastest."""
+    me, world = dist.get_rank(), dist.get_world_size()
+    first = me // tensor * tensor
+    layout = replica_layout(range(me % tensor, world, tensor), replica_size, world // tensor)
+    return replica_groups(layout, range(first, first + tensor))
+
+
+def difference(
+    case: dict[str, Any], kind: str, replica_size: int, tensor: int, sliced: dict[str, int], dtype: torch.dtype
+) -> tuple[float, int]:
     settings = {**BASE, **case}
-    groups = replica_groups(replica_layout(range(dist.get_world_size()), replica_size, dist.get_world_size()))
+    groups = groups_of(replica_size, tensor)
     replicas, replica, shard = groups.layout.replica_count, groups.replica_index, groups.shard_index
-    problem, flat, held = flat_problem(kind, replica_size, shard, dtype)
+    index = dist.get_rank(groups.tensor)
+    whole = flatten(problems.initial_weights(dtype), sliced, index, tensor)
+    problem, flat, held = flat_problem(kind, replica_size, shard, facts(sliced, tensor), whole)
     optimizer = LoRDO([flat], **settings)
     optimizer.managed = True
-    comm = ShardComm(groups.shard if replica_size > 1 else None)
-    optimizer.attach([problem], ReplicaWire(groups.replica if replicas > 1 else None), comm)
+    inside = InsideReplica(
+        shard=InsideComm(groups.shard if replica_size > 1 else None),
+        tensor=InsideComm(groups.tensor if tensor > 1 else None),
+        everyone=InsideComm(groups.inside if replica_size * tensor > 1 else None),
+    )
+    optimizer.attach([problem], ReplicaWire(groups.replica if replicas > 1 else None), inside)
     config = LordoConfig.parse(settings)
     start = [problems.initial_weights(dtype) for _ in range(replicas)]
-    reference = Reference(config, plan_parameters(config, problems.facts()), start)
+    reference = Reference(config, plan_parameters(config, facts(sliced, 1)), start)
     worst = 0.0
     for step in range(1, STEPS + 1):
         each = [problems.gradients(step, m, dtype) for m in range(replicas)]
-        mine = torch.cat([each[replica][name].flatten() for name in problems.SHAPES])
         flat.grad = torch.zeros_like(flat)
-        flat.grad[: held.stop - held.start] = mine[held]
+        flat.grad[: held.stop - held.start] = flatten(each[replica], sliced, index, tensor)[held]
+        sent_before = inside.tensor.ledger.total_bytes
         optimizer.step()
+        quiet = config.qh_mode != "factored" and step % config.sync_interval and step > 1
+        assert not quiet or inside.tensor.ledger.total_bytes == sent_before, "a step needs no tensor communication"
         flat.grad.fill_(float("nan"))  # engines reuse their flat gradient buffers
         optimizer.end_attempt()
         reference.step(each)  # type: ignore[arg-type]
-        expected = torch.cat([reference.weights[replica][name].flatten() for name in problems.SHAPES])[held]
+        expected = flatten(reference.weights[replica], sliced, index, tensor)[held]
         found = flat.detach()[: held.stop - held.start]
         # Relative to the largest weight of all: a fragment may hold nothing but small ones.
         scale = max(float(weight.abs().max()) for weight in reference.weights[replica].values())
         worst = max(worst, float((found - expected).abs().max()) / scale if found.numel() else 0.0)
-    return worst, check_duplicates(optimizer, comm)
+    check_copies(optimizer, inside.tensor)
+    return worst, check_duplicates(optimizer, inside.shard)
 
 
-def check_duplicates(optimizer: LoRDO, comm: ShardComm) -> int:
+def check_copies(optimizer: LoRDO, tensor: InsideComm) -> None:
+    """What every tensor index keeps whole is bitwise equal on all: bases, row means, unsliced weights and states."""
+    assert optimizer.sync is not None
+    mine = {}
+    for item in optimizer.sync.items:
+        kept = item.state if item.duplicated else {k: item.state.get(k) for k in ("basis", "row_mean_sq")}
+        mine.update({f"{item.plan.name} {k}": v.clone() for k, v in kept.items() if isinstance(v, Tensor)})
+        if item.duplicated:
+            mine[f"{item.plan.name} weight"] = item.weight.clone()
+    everybody: list[Any] = [mine] * tensor.size
+    if tensor.size > 1:
+        assert any(item.duplicated for item in optimizer.sync.items)
+        dist.all_gather_object(everybody, mine, group=tensor.group)
+    for key, value in mine.items():
+        assert all(torch.equal(each[key], value) for each in everybody), f"{key} differs between tensor indices"
+
+
+def check_duplicates(optimizer: LoRDO, comm: InsideComm) -> int:
     """Whatever several shards keep is bitwise equal on them: bases, border rows' moments, row means.
 
     Returns how many such tensors there are.
@@ -146,14 +210,21 @@ def check_duplicates(optimizer: LoRDO, comm: ShardComm) -> int:
     return shared
 
 
-def all_differences(replica_size: int) -> dict[str, tuple[float, int]]:
+def all_differences(
+    replica_size: int, tensor: int = 1, sliced: dict[str, int] = SLICED
+) -> dict[str, tuple[float, int]]:
     torch.set_num_threads(1)
     found = {}
     for name, case in CASES.items():
         for kind in CUTS if name in ("paper", "factored_error_feedback") else CUTS[:1]:
             for dtype in (torch.float64, torch.float32):
-                found[f"{name} {kind} {dtype}"] = difference(case, kind, replica_size, dtype)
+                found[f"{name} {kind} {dtype}"] = difference(case, kind, replica_size, tensor, sliced, dtype)
     return found
+
+
+def check(differences: dict[str, tuple[float, int]]) -> None:
+    for case, (value, _) in differences.items():
+        assert value < (1e-6 if "float64" in case else 1e-5), f"{case}: {value:.1e}"
 
 
 @pytest.mark.distributed
@@ -161,5 +232,21 @@ def all_differences(replica_size: int) -> dict[str, tuple[float, int]]:
 def test_fragments_follow_the_reference_on_every_layout(replicas: int, shards: int) -> None:
     for differences in run_ranks(all_differences, replicas * shards, shards, timeout_s=240):
         assert shards == 1 or sum(kept_twice for _, kept_twice in differences.values()) > 20
-        for case, (value, _) in differences.items():
-            assert value < (1e-6 if "float64" in case else 1e-5), f"{case}: {value:.1e}"
+        check(differences)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sliced", [SLICED, SLICED_ON_THE_SMALLER_SIDE], ids=["usual", "on_the_smaller_side"])
+@pytest.mark.parametrize(("replicas", "shards"), [(1, 1), (1, 2), (2, 1)])
+def test_tensor_slices_follow_the_reference_of_the_whole_model(
+    replicas: int, shards: int, sliced: dict[str, int]
+) -> None:
+    for differences in run_ranks(all_differences, replicas * shards * 2, shards, 2, sliced, timeout_s=240):
+        check(differences)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_replicas_of_two_shards_of_two_slices_follow_the_reference() -> None:
+    for differences in run_ranks(all_differences, 8, 2, 2, timeout_s=600):
+        check(differences)

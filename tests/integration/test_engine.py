@@ -71,11 +71,12 @@ def all_engines_against_reference() -> dict[str, float]:
 
 
 def test_engine_follows_the_reference_in_every_precision() -> None:
-    """bf16 and fp16 engines round each gradient (2^-9, 2^-11 of its size); over ten steps of lr 1e-2, where
-    the normalised update is of order 1, that moves a weight by well under 2e-3."""
+    """bf16 and fp16 engines round each gradient (2^-9, 2^-11 of its size). Over ten steps of lr 1e-2 with normalised
+    updates of order 1 a weight moves by up to 0.1; rounding, where a coordinate comes near zero, by up to 6e-3 of it
+    (six draws of the first sketch gave 1e-3 to 5.8e-3)."""
     for differences in run_ranks(all_engines_against_reference, 2, timeout_s=200):
         for case, difference in differences.items():
-            assert difference < (1e-5 if case.startswith("fp32") else 2e-3), f"{case}: {difference:.1e}"
+            assert difference < (1e-5 if case.startswith("fp32") else 1e-2), f"{case}: {difference:.1e}"
 
 
 def one_replica_without_low_rank_against_deepspeed_adamw() -> float:
@@ -150,7 +151,8 @@ def test_accumulating_4_micro_batches_of_1_equals_1_of_4() -> None:
         assert a["steps"] == b["steps"] == 7
         assert a["norm"] == pytest.approx(b["norm"], rel=1e-5)
         for name, weight in a["weights"].items():
-            torch.testing.assert_close(weight, b["weights"][name], rtol=0, atol=1e-6)
+            # The sum over micro-batches rounds in another order; the first basis comes from one such gradient.
+            torch.testing.assert_close(weight, b["weights"][name], rtol=0, atol=1e-5)
 
 
 def batch_meaning(batch_keys: dict[str, int]) -> list[dict[str, Any]]:
@@ -237,7 +239,7 @@ def bytes_between_and_at_syncs(optimizer: dict[str, Any], rows: bool) -> list[tu
             crossing = [r for r in counter.crossing(lambda rank: rank) if r.phase == f"step {step}"]
             counted = 0
             for record in crossing:
-                assert record.op in ("all_reduce", "all_gather"), record
+                assert record.op in ("all_reduce", "all_gather_into_tensor"), record
                 factor = 2 * (replicas - 1) / replicas if record.op == "all_reduce" else replicas - 1
                 counted += round(record.payload_bytes * factor)
             plan = sync_plan(hook.optimizer.config, step)

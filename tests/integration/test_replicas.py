@@ -654,17 +654,72 @@ def sequence_parallel() -> None:
 
 
 def test_ulysses_is_refused() -> None:
-    with pytest.raises(RankFailedError, match="an mpu whose data-parallel group is not all ranks is not supported"):
+    with pytest.raises(RankFailedError, match="do not make up all ranks is not supported"):
         run_ranks(sequence_parallel, 2)
 
 
-def tensor_parallel() -> None:
-    make_engine(config_of(1), mpu=UsersMPU(parallel=2))
+def tensor_parallel(stage: int) -> dict[str, Any]:
+    """4 ranks, 2 of them tensor-parallel; no parameter is cut, so both must see the same gradients."""
+    engine = make_engine(settings(**zero(stage)), mpu=UsersMPU(parallel=2))
+    for step in range(1, 5):
+        train_step(engine, step, dp_rank=dist.get_rank() // 2)
+    hook = lordo_ds.hook(engine)
+    assert hook is not None
+    facts = {
+        "weights": weights(engine),
+        "place": (hook.replicas, hook.replica_index, dist.get_process_group_ranks(hook.groups.inside)),
+        # UsersMPU, like megatron-core's parallel_state, does not answer the last two.
+        "model parallel": (engine.mpu.get_model_parallel_world_size(), engine.mpu.get_model_parallel_rank()),
+        "files": engine.checkpoint_mp_rank,
+    }
+    engine.destroy()
+    return facts
 
 
-def test_tensor_parallelism_is_refused_for_now() -> None:
-    with pytest.raises(RankFailedError, match="an mpu with 2 tensor- and pipeline-parallel ranks is not supported"):
-        run_ranks(tensor_parallel, 4)
+@functools.cache
+def on_two_ranks() -> list[dict[str, Tensor]]:
+    return run_ranks(of_data_parallel_ranks, 2)
+
+
+def of_data_parallel_ranks() -> dict[str, Tensor]:
+    engine = make_engine(settings())
+    for step in range(1, 5):
+        train_step(engine, step)
+    return weights(engine)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_data_parallel_ranks_of_a_tensor_parallel_mpu_are_cut_into_replicas(stage: int) -> None:
+    for rank, found in enumerate(each[stage] for each in of_all_stages("tensor_parallel")):
+        replica, slice_index = divmod(rank, 2)
+        assert found["place"] == (2, replica, [2 * replica, 2 * replica + 1])
+        assert found["model parallel"] == (2, slice_index) and found["files"] == slice_index
+        for name, weight in on_two_ranks()[replica].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=1e-5)
+
+
+class OtherParallelMPU(UsersMPU):
+    """megatron-core's parallel_state with one more kind of parallelism, of size 2."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        setattr(self, f"get_{kind}_parallel_world_size", lambda: 2)
+
+
+def other_parallelism() -> dict[str, str]:
+    said = {}
+    for kind in ("pipeline_model", "context", "expert_model", "tensor_model"):
+        with pytest.raises(ConfigError) as caught:
+            make_engine(settings(), mpu=OtherParallelMPU(kind))
+        said[kind] = str(caught.value)
+    return said
+
+
+def test_parallelism_that_would_be_reduced_wrongly_is_refused() -> None:
+    for said in run_ranks(other_parallelism, 2):
+        assert "2 pipeline stages" in said["pipeline_model"] and "PipelineModule" in said["pipeline_model"]
+        assert "context parallelism" in said["context"] and "expert parallelism" in said["expert_model"]
+        assert "do not make up all ranks" in said["tensor_model"]
 
 
 # -- deepspeed.zero.Init -----------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def bytes_per_step(stage: int, optimizer: dict[str, Any]) -> list[tuple[int, int
             train_step(engine, step)
             crossing = [r for r in counter.crossing(lambda rank: rank // 2) if r.phase == f"step {step}"]
             # Two replicas: an all-reduce sends its payload once (2 (M-1)/M = 1), an all-gather too (M-1 = 1).
-            assert {record.op for record in crossing} <= {"all_reduce", "all_gather"}
+            assert {record.op for record in crossing} <= {"all_reduce", "all_gather_into_tensor"}
             counted = sum(record.payload_bytes for record in crossing)
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, rows, 1) if plan.due else 0

@@ -35,7 +35,7 @@ def fragments_of(engine: Any) -> dict[str, tuple[int, torch.Tensor]]:
     """Name -> (where this rank's elements start in the parameter, their full-precision values)."""
     hook = lordo_ds.hook(engine)
     assert hook is not None and hook.optimizer.sync is not None
-    comm = hook.optimizer.sync.shard
+    comm = hook.optimizer.sync.inside.shard
     return {i.plan.name: (i.intervals[comm.index][0], i.weight.clone()) for i in hook.optimizer.sync.items}
 
 

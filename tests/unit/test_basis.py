@@ -348,9 +348,9 @@ def test_equal_inputs_give_bitwise_equal_bases_and_neither_they_nor_the_global_g
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_sketch_is_seeded_by_the_matrix_and_the_sync_number() -> None:
-    assert sketch_seed("layer.weight", 32) == sketch_seed("layer.weight", 32)
-    seeds = {sketch_seed(name, step) for name in ("a", "b", "layer.weight") for step in range(50)}
+def test_the_sketch_is_seeded_by_the_basis_side_and_the_step() -> None:
+    assert sketch_seed(64, 32) == sketch_seed(64, 32)
+    seeds = {sketch_seed(side, step) for side in (2, 64, 65) for step in range(50)}
     assert len(seeds) == 150
     matrix = torch.randn(10, 10, generator=torch.Generator().manual_seed(1))  # no gap: the sketch shows
     assert not torch.equal(refresh(matrix, None, 3, seed=1).basis, refresh(matrix, None, 3, seed=2).basis)

@@ -27,7 +27,7 @@ from lordo_ds.core.inner import (
 )
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.inner_step import step_fragments_
-from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.inside import InsideReplica
 
 MODES = ("full_rank", "factored", "low_rank", "none")
 SETTINGS = StepSettings(lr=0.1, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, omega=0.4, qh_mode="none", step=1)
@@ -53,7 +53,7 @@ class Matrix:
         self.weight = self.store(random(S, L, seed=5, dtype=dtype))
         side = "columns" if transposed else "rows"
         plan = ParameterPlan("w", shape, True, "", side=side, rank=R)
-        self.fragment = Fragment(plan, self.weight, 0, whole(shape), ShardComm(), {}, SETTINGS.betas)
+        self.fragment = Fragment(plan, self.weight, 0, whole(shape), InsideReplica(), {}, SETTINGS.betas)
         self.fragment.allocate(LordoConfig.parse({"qh_mode": mode, "error_feedback": error}))
         self.state = self.fragment.state
         self.use_basis(orthonormal(S, R, 9, dtype))
@@ -74,7 +74,7 @@ class Matrix:
         stored = self.store(gradient)
         before = stored.clone()
         settings_now = replace(SETTINGS, qh_mode=self.mode, **changes)
-        step_fragments_([self.fragment], [stored.view(-1)], [settings_now], self.fragment.comm, measure)
+        step_fragments_([self.fragment], [stored.view(-1)], [settings_now], self.fragment.inside, measure)
         assert torch.equal(stored, before)
 
 

@@ -15,7 +15,7 @@ from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.inner import StepSettings
 from lordo_ds.dist import inner_step
 from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.shards import ShardComm
+from lordo_ds.dist.inside import InsideReplica
 
 SHAPES = {"tall": (9, 6), "wide": (4, 7), "tall again": (9, 6), "square": (5, 5)}
 
@@ -29,7 +29,7 @@ def stepped(mode: str, feedback: Any) -> dict[str, dict[str, Tensor]]:
         weights[name] = torch.randn(shape, generator=generator)
         side = "rows" if shape[0] < shape[1] else "columns"
         plan = ParameterPlan(name, shape, True, "", side=side, rank=2)
-        fragment = Fragment(plan, weights[name], 0, whole(shape), ShardComm(), {}, (0.9, 0.99))
+        fragment = Fragment(plan, weights[name], 0, whole(shape), InsideReplica(), {}, (0.9, 0.99))
         fragment.allocate(config)
         fragment.store_basis(torch.linalg.qr(torch.randn(plan.basis_side, 2, generator=generator)).Q)
         fragments.append(fragment)
@@ -37,7 +37,7 @@ def stepped(mode: str, feedback: Any) -> dict[str, dict[str, Tensor]]:
         gradients = [torch.randn(9 * 6, generator=generator)[: fragment.numel] for fragment in fragments]
         one = StepSettings(0.1, (0.9, 0.99), 1e-6, 0.1, omega=0.4, qh_mode=mode, step=step)
         settings = [one, one, replace(one, lr=0.02), one]
-        inner_step.step_fragments_(fragments, gradients, settings, ShardComm(), measure=False)
+        inner_step.step_fragments_(fragments, gradients, settings, InsideReplica(), measure=False)
     for fragment in fragments:
         tensors = {key: value for key, value in fragment.state.items() if isinstance(value, Tensor)}
         found[fragment.plan.name] = {"weight": weights[fragment.plan.name], **tensors}

@@ -1,0 +1,53 @@
+"""The groups inside a replica, counted apart from the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lordo_ds.dist.comm import Comm
+
+_T = TypeVar("_T")
+
+
+class InsideComm(Comm):
+    """One group of ranks inside a replica."""
+
+
+@dataclass(frozen=True)
+class InsideReplica:
+    """The groups of this rank inside its replica.
+
+    `shard` are the ranks that ZeRO cuts parameters over, `tensor` those that hold slices of the same matrices,
+    `everyone` all ranks of all pipeline stages. `rows` are those whose data differ: at stage 0 they hold whole
+    parameters and are no shards.
+    """
+
+    shard: InsideComm = field(default_factory=InsideComm)
+    tensor: InsideComm = field(default_factory=InsideComm)
+    everyone: InsideComm = field(default_factory=InsideComm)
+    rows: InsideComm = field(default_factory=InsideComm)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether it holds on any rank of the replica. Collective over all of them."""
+        if self.everyone.size == 1:
+            return flag
+        return bool(self.everyone.max_(torch.tensor([float(flag)], device=self.device), "flags")[0])
+
+    def of_every_rank(self, values: Sequence[_T]) -> list[_T]:
+        """What the ranks of the replica list, one after the other. Collective over all of them."""
+        if self.everyone.size == 1:
+            return list(values)
+        lists: list[list[_T]] = [[]] * self.everyone.size
+        dist.all_gather_object(lists, list(values), group=self.everyone.group)
+        return [value for one in lists for value in one]
+
+    def vector(self, values: list[int]) -> Tensor:
+        """Integers, ready to be sent."""
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
