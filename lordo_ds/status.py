@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.sync import OuterSync
+from lordo_ds.handle import RunHandle
 from lordo_ds.optimizer import LoRDO
 
 
@@ -54,9 +55,9 @@ def bytes_inside(sync: OuterSync) -> dict[str, int]:
     }
 
 
-def status_of(hook: Any) -> dict[str, Any]:
-    """The dict that `lordo_ds.status(engine)` returns; `hook` is the engine's `EngineHook`."""
-    optimizer: LoRDO = hook.optimizer
+def status_of(hook: RunHandle) -> dict[str, Any]:
+    """The dict that `lordo_ds.status(engine)` returns; `hook` is the run's handle."""
+    optimizer = hook.optimizer
     sync = optimizer.sync
     assert sync is not None
     report = sync.last_report
@@ -64,7 +65,7 @@ def status_of(hook: Any) -> dict[str, Any]:
         "replicas": hook.replicas,
         "replica_index": hook.replica_index,
         "shard_size": hook.groups.layout.replica_size,
-        "zero_stage": int(hook.engine.zero_optimization_stage()),
+        "zero_stage": hook.zero_stage,
         "tensor_parallel_size": hook.groups.tensor_size,
         "pipeline_parallel_size": hook.groups.pipe_size,
         "step": optimizer.attempted_steps,
@@ -84,7 +85,7 @@ def status_of(hook: Any) -> dict[str, Any]:
     }
 
 
-def describe_start(hook: Any) -> list[str]:
+def describe_start(hook: RunHandle) -> list[str]:
     """The start-up table: mesh, what is projected and why, state by kind."""
     now = status_of(hook)
     config = hook.optimizer.config
@@ -118,7 +119,7 @@ def describe_start(hook: Any) -> list[str]:
     return lines
 
 
-def sync_events(hook: Any, samples: int) -> list[tuple[str, float, int]]:
+def sync_events(hook: RunHandle, samples: int) -> list[tuple[str, float, int]]:
     """TensorBoard events of the sync that just ended, over the samples seen."""
     report = hook.optimizer.last_report
     values = {

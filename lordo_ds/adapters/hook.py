@@ -33,7 +33,7 @@ from lordo_ds.dist.groups import ReplicaGroups, make_groups
 from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.ledger import reduction_bytes
 from lordo_ds.dist.wire import ReplicaWire
-from lordo_ds.optimizer import LoRDO
+from lordo_ds.handle import RunHandle
 from lordo_ds.status import describe_start, sync_events
 
 logger = logging.getLogger("lordo_ds")
@@ -53,7 +53,7 @@ def hook(engine: Any) -> EngineHook | None:
     return getattr(engine, "__dict__", {}).get(_HOOK)
 
 
-class EngineHook:
+class EngineHook(RunHandle):
     """Binds one DeepSpeed engine to its replicas.
 
     Every method replaced is one of this engine instance; nothing outside it changes. The sync runs after
@@ -62,11 +62,8 @@ class EngineHook:
     """
 
     def __init__(self, engine: Any, groups: ReplicaGroups) -> None:
+        super().__init__(engine.basic_optimizer, groups)
         self._engine = weakref.ref(engine)
-        self.groups = groups
-        self.optimizer: LoRDO = engine.basic_optimizer
-        self.row_keys: list[str] = []
-        self._ddp_bytes_per_step = 0
 
     @classmethod
     def attach(cls, engine: Any, groups: ReplicaGroups, training_data: Any) -> EngineHook:
@@ -83,7 +80,7 @@ class EngineHook:
             engine.training_dataloader = engine.deepspeed_io(training_data)
             if is_pipeline(engine):
                 engine._build_data_iter(training_data)
-        hook._ddp_bytes_per_step = reduction_bytes(gradient_bytes(engine), hook.data_parallel_size)
+        hook.ddp_bytes_per_step = reduction_bytes(gradient_bytes(engine), hook.data_parallel_size)
         if engine.global_rank == 0:
             for line in describe_start(hook):
                 logger.info(line)
@@ -128,63 +125,12 @@ class EngineHook:
         return engine
 
     @property
-    def replicas(self) -> int:
-        return self.groups.layout.replica_count
+    def zero_stage(self) -> int:
+        return int(self.engine.zero_optimization_stage())
 
-    @property
-    def replica_index(self) -> int:
-        return self.groups.replica_index
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Data-parallel ranks of all replicas together."""
-        return self.groups.layout.replica_count * self.groups.layout.replica_size
-
-    @property
-    def data_parallel_rank(self) -> int:
-        return self.groups.replica_index * self.groups.layout.replica_size + self.groups.shard_index
-
-    @property
-    def synced(self) -> bool:
-        return self.optimizer.synced
-
-    @property
-    def next_sync_in(self) -> int:
-        return self.optimizer.next_sync_in
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes this rank sent across replicas since the start of the run."""
-        assert self.optimizer.sync is not None
-        return self.optimizer.sync.wire.ledger.total_bytes
-
-    @property
-    def ddp_bytes_per_step(self) -> int:
-        """Bytes this rank would send per step if the gradients of all ranks were all-reduced."""
-        return self._ddp_bytes_per_step
-
-    def record(self, **values: float) -> None:
-        """Keep numbers of the step just attempted; their averages over replicas come with the next sync.
-
-        Call it once per step with the same names on every rank.
-        """
-        keys = sorted(values)
-        if self.row_keys and keys != self.row_keys:
-            raise ValueError(f"LoRDO: record() got {keys}, earlier {self.row_keys}: give the same names at every step")
-        self.row_keys = keys
-        assert self.optimizer.sync is not None
-        self.optimizer.sync.rows.pending.append([float(values[key]) for key in keys])
-
-    def averaged_rows(self) -> list[dict[str, float]]:
-        """Rows that were averaged since the last call, in the order of their steps."""
-        assert self.optimizer.sync is not None
-        return [dict(zip(self.row_keys, row, strict=True)) for row in self.optimizer.sync.rows.take()]
-
-    def finish(self) -> None:
-        """Sync unless the last step ended in one, so that all replicas hold the same weights. Collective."""
-        if self.optimizer.final_sync():
-            self._after_sync()
-            refresh_low_precision(self.engine)
+    def _after_final_sync(self) -> None:
+        self._after_sync()
+        refresh_low_precision(self.engine)
 
     # -- the engine's methods ------------------------------------------------------------------------
 

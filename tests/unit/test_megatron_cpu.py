@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import sys
 from dataclasses import replace
@@ -43,7 +42,7 @@ VARIANTS = {
 
 
 def patched_functions() -> list[Any]:
-    return [getattr(importlib.import_module(patch.module), patch.name) for patch in cpu._PATCHES]
+    return [getattr(patch.find_owner(), patch.name) for patch in cpu._PATCHES]
 
 
 def test_patches_come_off_without_a_trace() -> None:
@@ -109,6 +108,47 @@ def test_masks_forbid_exactly_what_megatrons_do() -> None:
         seen = torch.ones(queries, keys, dtype=torch.bool)
         seen = seen.triu(keys - queries - window[0]).tril(keys - queries + window[1])
         assert torch.equal(cpu._sliding_window_causal_mask(queries, keys, window), ~seen)
+
+
+def test_cuda_means_the_cpu_in_the_mode_and_nowhere_else() -> None:
+    on_cpu = torch.device("cpu")
+    with cpu._CudaIsTheCpu():
+        made = torch.zeros(3, dtype=torch.int, device="cuda")
+        assert made.device == torch.ones(2, device=torch.device("cuda:0")).device == on_cpu
+        assert made.cuda(0, non_blocking=True) is made
+        assert made.to("cuda:0", torch.float64).dtype == made.to(device="cuda", dtype=torch.float64).dtype
+        assert made.float().type() == "torch.cuda.FloatTensor" and made.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+        assert made.type(torch.float64).dtype == torch.float64
+        assert torch.zeros(1, device="meta").device.type == "meta"
+    assert made.type() == "torch.IntTensor"
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(3, device="cuda")
+
+
+def test_megatrons_scaler_is_made_on_the_cpu_while_the_patches_are_on() -> None:
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    numbers = {"growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2, "hysteresis": 1}
+    with cpu.installed():
+        scaler = DynamicGradScaler(initial_scale=8.0, min_scale=1.0, **numbers)
+        scaler.load_state_dict(scaler.state_dict())
+        scaler.update(found_inf=True)
+        assert scaler.scale.device == torch.device("cpu") and float(scaler.scale) == 4.0
+    with pytest.raises((AssertionError, RuntimeError)):
+        DynamicGradScaler(initial_scale=8.0, min_scale=1.0, **numbers)
+
+
+def broadcast_of_a_batch() -> list[int]:
+    from megatron.core import tensor_parallel as tp
+
+    start(tensor_parallel=2)
+    rank = torch.distributed.get_rank()
+    data = {"text": torch.arange(4) + 7} if rank == 0 else None
+    return tp.broadcast_data(["text"], data, torch.int64)["text"].tolist()
+
+
+def test_megatron_broadcasts_batches_over_tensor_parallel_ranks() -> None:
+    assert run_ranks(broadcast_of_a_batch, 2) == [[7, 8, 9, 10]] * 2
 
 
 def start(tensor_parallel: int = 1, seed: int = 7) -> None:

@@ -1,0 +1,83 @@
+"""What a training script reads of a run with LoRDO, whichever engine drives it."""
+
+from __future__ import annotations
+
+from lordo_ds.dist.groups import ReplicaGroups
+from lordo_ds.optimizer import LoRDO
+
+
+class RunHandle:
+    """Replicas, the next sync, bytes sent, and numbers averaged over replicas.
+
+    `ddp_bytes_per_step` is what this rank would send per step if the gradients of all ranks were all-reduced;
+    `zero_stage` how the engine shards a replica.
+    """
+
+    def __init__(self, optimizer: LoRDO, groups: ReplicaGroups) -> None:
+        self.optimizer, self.groups = optimizer, groups
+        self.ddp_bytes_per_step = 0
+        self.row_keys: list[str] = []
+
+    @property
+    def zero_stage(self) -> int:
+        return 0
+
+    @property
+    def replicas(self) -> int:
+        return self.groups.layout.replica_count
+
+    @property
+    def replica_index(self) -> int:
+        return self.groups.replica_index
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Data-parallel ranks of all replicas together."""
+        return self.groups.layout.replica_count * self.groups.layout.replica_size
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.groups.replica_index * self.groups.layout.replica_size + self.groups.shard_index
+
+    @property
+    def synced(self) -> bool:
+        """Whether the last attempted step ended in a sync."""
+        return self.optimizer.synced
+
+    @property
+    def next_sync_in(self) -> int:
+        """Attempted steps until the end of the next one that is due."""
+        return self.optimizer.next_sync_in
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this rank sent across replicas since the start of the run."""
+        assert self.optimizer.sync is not None
+        return self.optimizer.sync.wire.ledger.total_bytes
+
+    def record(self, **values: float) -> None:
+        """Keep numbers of the step just attempted; their averages over replicas come with the next sync.
+
+        Call it once per step with the same names on every rank. Averaging a loss at every step instead, over all
+        data-parallel ranks, would send it through the slow network every time.
+        """
+        keys = sorted(values)
+        if self.row_keys and keys != self.row_keys:
+            raise ValueError(f"LoRDO: record() got {keys}, earlier {self.row_keys}: give the same names at every step")
+        self.row_keys = keys
+        assert self.optimizer.sync is not None
+        self.optimizer.sync.rows.pending.append([float(values[key]) for key in keys])
+
+    def averaged_rows(self) -> list[dict[str, float]]:
+        """Rows that were averaged since the last call, in the order of their steps."""
+        assert self.optimizer.sync is not None
+        return [dict(zip(self.row_keys, row, strict=True)) for row in self.optimizer.sync.rows.take()]
+
+    def finish(self) -> None:
+        """Sync unless the last step ended in one, so that all replicas hold the same weights. Collective."""
+        if self.optimizer.final_sync():
+            self._after_final_sync()
+
+    def _after_final_sync(self) -> None:
+        """The final sync changed the weights: low-precision copies are stale."""
+        raise NotImplementedError

@@ -1,0 +1,106 @@
+"""Megatron's optimizer wrappers, with the sync at the end of every attempted step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+from lordo_ds.optimizer import LoRDO
+from megatron_patches.handle import TrainingHandle
+from megatron_patches.samples import SampleCheck
+
+logger = logging.getLogger("lordo_ds")
+
+
+class EndsInASync:
+    """Goes before one of Megatron's optimizer wrappers: every attempted step ends in the sync that is due.
+
+    `handle` has what a training script reads: replicas, next sync, bytes sent, recorded rows.
+    """
+
+    handle: TrainingHandle
+    steps_taken_over: int = 0
+    """Executed steps that the last `step()` took over from another replica, which the schedule has to make up for."""
+    samples: SampleCheck
+    check_loop: Callable[[], None]
+    """Refuses a training loop whose gradients would not be the replica's own."""
+    _in_step = False
+
+    def step(self) -> Any:
+        """Megatron's step, then the end of the attempt. Collective over all replicas where a sync is due.
+
+        Returns:
+            As Megatron's: (whether it was executed, gradient norm, zeros in the gradient).
+        """
+        self.check_loop()
+        self._in_step = True
+        try:
+            result = super().step()  # type: ignore[misc]
+        finally:
+            self._in_step = False
+        lordo: LoRDO = self.optimizer  # type: ignore[attr-defined]
+        before = lordo.executed_steps + bool(result[0])
+        if lordo.end_attempt():
+            self.refresh_model()
+        self.steps_taken_over = max(0, lordo.executed_steps - before)
+        assert lordo.sync is not None
+        if lordo.synced and lordo.sync.syncs == 1:
+            self.samples.compare(lordo.sync.wire)
+        return result
+
+    def step_with_ready_grads(self) -> bool:
+        """As Megatron's, for `step()` alone: a ChainedOptimizer around this one would never sync."""
+        if not self._in_step:
+            raise RuntimeError(
+                "LoRDO: call step() of the optimizer that lordo_optimizer() returned, not of a ChainedOptimizer "
+                "around it: the replicas sync at the end of that call"
+            )
+        return bool(super().step_with_ready_grads())  # type: ignore[misc]
+
+    def refresh_model(self) -> None:
+        """Copy the fp32 weights to the low-precision ones that the model computes with."""
+        copy = getattr(self, "_copy_main_params_to_model_params", None)
+        if copy is not None:
+            copy()
+
+    def reload_model_params(self, state_dict: Any = None) -> None:
+        """The model was given other weights: take them over and anchor there. Collective over all replicas."""
+        super().reload_model_params(state_dict=state_dict)  # type: ignore[misc]
+        if not self.optimizer.sync.start():  # type: ignore[attr-defined]
+            logger.warning("LoRDO: the replicas loaded different weights; all now have those of replica 0")
+        self.refresh_model()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What `state_dict` of the same rank gave; the weights of an fp32 model are loaded with the model."""
+        groups = (state_dict if "param_groups" in state_dict else state_dict["optimizer"])["param_groups"]
+        super().load_state_dict(_shallow(state_dict))  # type: ignore[misc]
+        # Megatron matches groups by four keys, which groups with learning rates of their own have in common.
+        for group, saved in zip(self.param_groups, groups, strict=True):  # type: ignore[attr-defined]
+            group.update({key: value for key, value in saved.items() if key != "params"})
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "LoRDO: Megatron's sharded checkpoints hold one copy of what all data-parallel ranks share, and replicas "
+            "differ between syncs: save state_dict() in one file per rank (torch.save), and load it on the same rank"
+        )
+
+
+class LordoFP32Optimizer(EndsInASync, FP32Optimizer):
+    """Megatron's wrapper for fp32 parameters, with the sync."""
+
+
+class LordoFloat16Optimizer(EndsInASync, Float16OptimizerWithFloat16Params):
+    """Megatron's wrapper for bf16 and fp16 parameters with fp32 copies, with the sync."""
+
+
+def _shallow(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy that survives Megatron's reordering of the groups."""
+    copied = dict(state_dict)
+    if "optimizer" in copied:
+        copied["optimizer"] = _shallow(copied["optimizer"])
+    if "param_groups" in copied:
+        copied["param_groups"] = [dict(group) for group in copied["param_groups"]]
+    return copied
