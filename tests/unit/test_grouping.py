@@ -255,3 +255,56 @@ def test_plans_keep_the_order_and_the_names_of_the_parameters() -> None:
     assert [plan.name for plan in plans] == ["b.w", "a.w", "c.w"]
     assert [plan.numel for plan in plans] == [16, 16, 16]
     assert all("smaller side" in plan.reason for plan in plans)
+
+
+@pytest.mark.parametrize("rank", [4, "1/4", 1000])
+@pytest.mark.parametrize(("shape", "dim"), [((24, 8), 0), ((8, 24), 1), ((8, 64), 0), ((64, 8), 1), ((16, 16), 1)])
+def test_side_rank_and_whole_sizes_do_not_change_with_the_tensor_parallel_size(
+    shape: tuple[int, int], dim: int, rank: int | str
+) -> None:
+    """No plan has its basis on the side that is sliced: a step would not be exact without communication."""
+    whole = plan_of(shape, {"rank": rank}, partition_dim=dim)
+    for size in (1, 2, 4, 8):
+        sliced = tuple(n // size if i == dim else n for i, n in enumerate(shape))
+        plan = plan_of(sliced, {"rank": rank}, partition_dim=dim, partitions=size)
+        assert plan.side == ("columns" if dim == 0 else "rows")
+        assert (plan.side, plan.rank, plan.on_larger_side) == (whole.side, whole.rank, whole.on_larger_side)
+        assert (plan.basis_side, plan.whole_other_side) == (whole.basis_side, whole.other_side)
+
+
+def test_slices_are_read_from_megatrons_attributes() -> None:
+    model = nn.ModuleDict({name: nn.Linear(6, 8, bias=False) for name in ("sliced", "whole")})
+    weight = model["sliced"].weight
+    weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, 0, 2
+    facts = {fact.name: fact for fact in model_facts(model, 4).values()}
+    assert (facts["sliced.weight"].partitions, facts["sliced.weight"].partition_stride) == (4, 2)
+    assert (facts["whole.weight"].partitions, facts["whole.weight"].partition_stride) == (1, 1)
+
+
+def test_a_slice_that_does_not_say_its_dimension_is_refused_under_tensor_parallelism() -> None:
+    model = nn.Sequential(nn.Linear(6, 8, bias=False))
+    model[0].weight.tensor_model_parallel = True  # type: ignore[assignment]
+    assert model_facts(model)
+    with pytest.raises(ConfigError, match=r"0\.weight is marked tensor_model_parallel without a partition_dim"):
+        model_facts(model, 2)
+
+
+def test_a_stage_without_a_matrix_is_planned_by_what_the_whole_model_holds() -> None:
+    stage, matrix = [ParameterFacts("norm.weight", (8,))], ParameterFacts("layers.0.weight", (8, 8))
+    config = LordoConfig.parse({"rank": 2, "low_rank": {"include": ["layers"]}})
+    assert not plan_parameters(config, stage, [*stage, matrix])[0].low_rank
+    with pytest.raises(ConfigError, match="matches no parameter name"):
+        plan_parameters(config, stage)
+    with pytest.raises(ConfigError, match="no parameter can be projected"):
+        plan_parameters(LordoConfig.parse({"rank": 2}), stage)
+
+
+def test_a_model_in_stages_says_what_its_parameters_are_called_in_one_piece() -> None:
+    class Stage(nn.Sequential):
+        def name_in_one_piece(self, name: str) -> str:
+            return f"decoder.{name}"
+
+    assert [fact.name for fact in model_facts(Stage(nn.Linear(3, 3))).values()] == [
+        "decoder.0.weight",
+        "decoder.0.bias",
+    ]
