@@ -127,15 +127,34 @@ def build_gpt(model: GptConfig, dtype: torch.dtype) -> torch.nn.Module:
     The model-parallel groups must exist. Drawn on the CPU, the weights depend on the seed alone: not on the
     device, and not on the tensor-parallel size, since each rank draws the whole matrix and keeps its part.
     """
+    from megatron.core.models.gpt import GPTModel
+
+    return GPTModel(
+        config=transformer_config(model, dtype),
+        transformer_layer_spec=layer_spec(model),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.seq_length,
+        position_embedding_type="rope" if model.position_embedding == "rope" else "learned_absolute",
+        share_embeddings_and_output_weights=model.tie_embeddings,
+    )
+
+
+def layer_spec(model: GptConfig) -> Any:
+    """Of which modules a transformer layer is made: Megatron's own, without TransformerEngine."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec(normalization=model.normalization, qk_layernorm=model.qk_layernorm)
+
+
+def transformer_config(model: GptConfig, dtype: torch.dtype) -> Any:
+    """Megatron's `TransformerConfig`, on Megatron's tensor-parallel groups; to it there is one pipeline stage."""
     import torch
     from megatron.core import parallel_state
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
     activation = torch.nn.functional.silu if model.activation == "swiglu" else torch.nn.functional.gelu
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    config = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -161,16 +180,6 @@ def build_gpt(model: GptConfig, dtype: torch.dtype) -> torch.nn.Module:
         gradient_accumulation_fusion=False,
         **(recompute if model.recompute else {}),
     )
-    return GPTModel(
-        config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(
-            normalization=model.normalization, qk_layernorm=model.qk_layernorm
-        ),
-        vocab_size=model.vocab_size,
-        max_sequence_length=model.seq_length,
-        position_embedding_type="rope" if model.position_embedding == "rope" else "learned_absolute",
-        share_embeddings_and_output_weights=model.tie_embeddings,
-    )
 
 
 def loss_sums(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -184,5 +193,10 @@ def loss_sums(model: torch.nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor,
     tokens = batch["tokens"]
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     # Without a mask Megatron applies the causal one.
-    losses = model(tokens, positions, None, labels=batch["labels"]).float()  # (sequences, seq_length)
-    return (losses * batch["loss_mask"]).sum(), batch["loss_mask"].sum()
+    losses = model(tokens, positions, None, labels=batch["labels"])  # (sequences, seq_length)
+    return masked_sums(losses, batch["loss_mask"])
+
+
+def masked_sums(losses: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the losses of the tokens that count, and how many they are."""
+    return (losses.float() * loss_mask).sum(), loss_mask.sum()

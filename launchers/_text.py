@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -120,6 +121,11 @@ def train_batches(
     """This rank's micro-batches of the global batch that starts at sample `consumed`."""
     for numbers in shape.micro_batch_numbers(consumed):
         yield stack([dataset[order[number]] for number in numbers], device)
+
+
+def validation_batch_count(samples: int, shape: BatchShape) -> int:
+    """How many batches `validation_batches` yields."""
+    return math.ceil(samples / (shape.micro_batch * shape.data_parallel_size))
 
 
 def validation_batches(dataset: Samples, samples: int, shape: BatchShape, device: Any) -> Iterator[Batch]:

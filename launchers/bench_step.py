@@ -197,11 +197,12 @@ def clocks(one: Contender, spent: Counter[str]) -> Iterator[None]:
     """Clock the base optimizer's step, the parts of LoRDO's, and its sync."""
     import lordo_ds.optimizer
     from lordo_ds.dist import inner_step
+    from lordo_ds.dist.bases import Bases
     from lordo_ds.dist.sync import OuterSync
 
     places = [(kind, inner_step, name) for kind, names in PARTS.items() for name in names]
     places += [("dense AdamW", lordo_ds.optimizer, "adamw_step_"), ("optimizer", one.engine.basic_optimizer, "step")]
-    places += [("sync", OuterSync, "run"), ("refresh", OuterSync, "refresh")]
+    places += [("sync", OuterSync, "run"), ("refresh", Bases, "refresh")]
     with ExitStack() as stack:
         for kind, owner, name in places:
             stack.enter_context(mock.patch.object(owner, name, clocked(getattr(owner, name), kind, spent)))

@@ -83,7 +83,8 @@ def main() -> None:
     summary = next(iter(found.values()))[0]
     versions = ", ".join(f"{package} {version}" for package, version in summary["versions"].items())
     facts = (
-        f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['data_parallel_size']} ranks; "
+        f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, "
+        f"{summary['data_parallel_size']} data-parallel ranks; "
         f"unigram perplexity {summary['unigram_perplexity']:.1f}; {platform.machine()}, {os.cpu_count()} cores; "
         f"{versions}."
     )

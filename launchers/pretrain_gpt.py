@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _gpt import GptConfig, build_gpt, loss_sums
+from _engine import PipelineTrainer, PlainTrainer, build_trainer, half_precision
+from _gpt import GptConfig
 from _launch import (
     ArgumentParser,
     check_equal_on_all_ranks,
@@ -31,8 +32,17 @@ from _launch import (
     shut_down,
     start_distributed,
 )
+from _parallel import check_parallel_sizes, check_saved_sizes, elements_here, elements_in_all
 from _run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
-from _text import BatchShape, SampleOrder, Samples, open_datasets, train_batches, validation_batches
+from _text import (
+    BatchShape,
+    SampleOrder,
+    Samples,
+    open_datasets,
+    train_batches,
+    validation_batch_count,
+    validation_batches,
+)
 
 DEFAULT_STEPS = 300
 SAY_EVERY = 10  # steps
@@ -57,16 +67,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-samples", type=int, default=128, metavar="N", help="sequences in an evaluation")
     add("--save-interval", type=int, default=0, metavar="N", help="steps; 0: at the end only")
     add("--resume", action="store_true", help="go on from the latest checkpoint in DIR")
-    add("--tensor-parallel", type=int, default=1, metavar="N")
-    add("--pipeline-parallel", type=int, default=1, metavar="N")
+    add("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share every matrix")
+    add("--pipeline-parallel", type=int, default=1, metavar="N", help="stages that the layers are divided over")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args()
-    for flag, value in (
-        ("--tensor-parallel", args.tensor_parallel),
-        ("--pipeline-parallel", args.pipeline_parallel),
-    ):
-        if value != 1:
-            raise ValueError(f"{flag} {value}: only 1 is supported so far; leave {flag} away")
     least = {"train_steps": 1, "eval_samples": 1, "eval_interval": 0, "save_interval": 0}
     for name, minimum in least.items():
         value = getattr(args, name)
@@ -105,7 +109,7 @@ class Job:
     """Everything that the training loop uses."""
 
     args: argparse.Namespace
-    engine: Any
+    trainer: PlainTrainer | PipelineTrainer
     hook: Hook
     group: Any
     """All data-parallel ranks, of all replicas."""
@@ -132,6 +136,7 @@ def set_up(args: argparse.Namespace) -> Job:
     config = read_deepspeed_config(args)
     model_config = GptConfig.from_yaml(args.model)
     choose_device()
+    check_parallel_sizes(model_config, args.tensor_parallel, args.pipeline_parallel)
     from lordo_ds import LordoConfig
     from lordo_ds.data import prepare, unigram_entropy
     from lordo_ds.dist.ledger import reduction_bytes
@@ -145,24 +150,25 @@ def set_up(args: argparse.Namespace) -> Job:
     check_equal_on_all_ranks(
         data.key, "other data than rank 0: use the same files, Python and sentencepiece everywhere"
     )
-    engine, hook, group = build_engine(model_config, config)
+    trainer, hook, group = build_trainer(model_config, config, args.seed)
+    engine = trainer.engine
     shape = BatchShape(
         micro_batch=engine.train_micro_batch_size_per_gpu(),
         accumulation=engine.gradient_accumulation_steps(),
         data_parallel_size=hook.data_parallel_size,
         data_parallel_rank=hook.data_parallel_rank,
     )
-    elements = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    model_parallel = args.tensor_parallel * args.pipeline_parallel
     say(
-        f"{elements:,} parameters, {data.tokens:,} tokens; {hook.replicas} replica(s) of "
-        f"{shape.data_parallel_size // hook.replicas} rank(s); {args.train_steps} steps of "
+        f"{elements_in_all(engine.module):,} parameters, {data.tokens:,} tokens; {hook.replicas} replica(s) of "
+        f"{shape.data_parallel_size // hook.replicas * model_parallel} rank(s); {args.train_steps} steps of "
         f"{shape.global_batch} x {model_config.seq_length} tokens"
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     client = load_checkpoint(args, engine)
     return Job(
         args=args,
-        engine=engine,
+        trainer=trainer,
         hook=hook,
         group=group,
         train=train,
@@ -172,38 +178,14 @@ def set_up(args: argparse.Namespace) -> Job:
         seq_length=model_config.seq_length,
         unigram_perplexity=math.exp(unigram_entropy(data.validation_tokens(held_out))),
         log=RunLog(args.output_dir, dist_rank() == 0, engine.monitor, client["step"], client["waiting_rows"]),
-        ddp_bytes=reduction_bytes(elements * (2 if half_precision(engine) else 4), shape.data_parallel_size),
+        ddp_bytes=reduction_bytes(
+            elements_here(engine.module) * (2 if half_precision(engine) else 4), shape.data_parallel_size
+        ),
         step=client["step"],
         consumed=client["consumed_samples"],
         bytes_counted=hook.bytes_sent if client["step"] else 0,
         started=started,
     )
-
-
-def half_precision(engine: Any) -> bool:
-    return bool(engine.bfloat16_enabled() or engine.fp16_enabled())
-
-
-def build_engine(model_config: GptConfig, config: dict[str, Any]) -> tuple[Any, Hook, Any]:
-    """The engine, its hook, and the group of all data-parallel ranks."""
-    import deepspeed
-    import torch
-    from megatron.core import parallel_state
-
-    import lordo_ds
-
-    enabled = {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
-    dtype = torch.bfloat16 if enabled["bf16"] else torch.float16 if enabled["fp16"] else torch.float32
-    model = build_gpt(model_config, dtype)
-    try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
-    except AssertionError as error:  # how DeepSpeed refuses settings
-        raise ValueError(f"DeepSpeed refuses the settings: {error}") from error
-    group = parallel_state.get_data_parallel_group()
-    lordo_hook = lordo_ds.hook(engine)
-    if lordo_hook is None or lordo_hook.replicas == 1:
-        return engine, EveryStepHook(group, lordo_hook), group
-    return engine, lordo_hook, group
 
 
 def load_checkpoint(args: argparse.Namespace, engine: Any) -> dict[str, Any]:
@@ -213,6 +195,7 @@ def load_checkpoint(args: argparse.Namespace, engine: Any) -> dict[str, Any]:
     folder = args.output_dir / "checkpoints"
     if not (folder / "latest").exists():
         raise ValueError(f"--resume: no checkpoint in {folder}; leave --resume away to start anew")
+    check_saved_sizes(folder, args.tensor_parallel, args.pipeline_parallel)
     _, client = engine.load_checkpoint(str(folder))
     if client["step"] >= args.train_steps:
         raise ValueError(f"--resume: {folder} is at step {client['step']} already; give a larger --train-steps")
@@ -227,33 +210,22 @@ def save_checkpoint(job: Job) -> None:
         job.log.flush(job.hook.averaged_rows())
     client = {"step": job.step, "consumed_samples": job.consumed, "waiting_rows": job.log.waiting}
     folder = job.args.output_dir / "checkpoints"
-    job.engine.save_checkpoint(str(folder), f"global_step{job.step}", client_state=client)
+    job.trainer.engine.save_checkpoint(str(folder), f"global_step{job.step}", client_state=client)
 
 
 def train_step(job: Job) -> Row:
     """One step on this rank's part of the global batch; the row's loss and norm are this rank's own."""
     began = time.perf_counter()
-    engine = job.engine
+    engine = job.trainer.engine
     lr = engine.get_lr()[0]
-    losses: list[float] = []
-    norm = None
-    for batch in train_batches(job.train, job.order, job.shape, job.consumed, engine.device):
-        total, count = loss_sums(engine, batch)
-        loss = total / count
-        engine.backward(loss)
-        if engine.is_gradient_accumulation_boundary():
-            norm = gradient_norm(engine)
-        engine.step()
-        losses.append(float(loss.detach()))
-    if norm is None:
-        norm = engine.get_global_grad_norm()
+    loss, norm = job.trainer.step(train_batches(job.train, job.order, job.shape, job.consumed, engine.device))
     job.step += 1
     job.consumed += job.shape.global_batch
     return {
         "step": job.step,
         "samples": job.consumed,
         "tokens": job.consumed * job.seq_length,
-        "loss": sum(losses) / len(losses),
+        "loss": loss,
         "lr": lr,
         "grad_norm": math.nan if norm is None else float(norm),
         "synced": job.hook.synced,
@@ -262,15 +234,6 @@ def train_step(job: Job) -> Row:
         "bytes_eval": 0,
         "tokens_per_s": job.shape.global_batch * job.seq_length / (time.perf_counter() - began),
     }
-
-
-def gradient_norm(engine: Any) -> float | None:
-    """Norm of the gradients before clipping, where DeepSpeed does not keep it: in fp32 at stage 0."""
-    import torch
-
-    if engine.zero_optimization() or half_precision(engine):
-        return None
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
 
 
 def replica_bytes(job: Job) -> int:
@@ -283,18 +246,13 @@ def replica_bytes(job: Job) -> int:
 
 def evaluate(job: Job) -> float:
     """Mean validation loss, each rank with its weights on its part of the samples; noted in the last row."""
-    import torch
     import torch.distributed as dist
 
     from lordo_ds.dist.ledger import reduction_bytes
 
     samples = min(job.args.eval_samples, len(job.valid))
-    sums = torch.zeros(2, dtype=torch.float64, device=job.engine.device)  # losses, tokens
-    job.engine.eval()
-    with torch.no_grad():
-        for batch in validation_batches(job.valid, samples, job.shape, job.engine.device):
-            sums += torch.stack(loss_sums(job.engine, batch)).double()
-    job.engine.train()
+    batches = validation_batches(job.valid, samples, job.shape, job.trainer.engine.device)
+    sums = job.trainer.loss_sums(batches, validation_batch_count(samples, job.shape))
     dist.all_reduce(sums, group=job.group)
     loss = float(sums[0] / sums[1])
     sent = reduction_bytes(sums.numel() * sums.element_size(), job.shape.data_parallel_size)
@@ -355,6 +313,8 @@ def summarize(job: Job, val_loss: float) -> None:
         "steps": job.step,
         "tokens": last["tokens"],
         "data_parallel_size": job.shape.data_parallel_size,
+        "tensor_parallel": job.args.tensor_parallel,
+        "pipeline_parallel": job.args.pipeline_parallel,
         "replicas": job.hook.replicas,
         "first_loss": first["loss"],
         "last_loss": last["loss"],

@@ -224,6 +224,74 @@ def test_ranks_and_accumulation_divide_the_same_global_batch(home: Path, adamw_r
     assert {row["bytes_ddp"] for row in one_rank} == {0}
 
 
+TENSOR, PIPE = ("--tensor-parallel", "2"), ("--pipeline-parallel", "2")
+ACCUMULATED = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+
+
+def assert_same_run(found: list[dict[str, Any]], expected: list[dict[str, Any]], rel: float) -> None:
+    for key in ("loss", "grad_norm", "val_loss", "lr"):
+        wanted = [row[key] for row in expected if key in row]
+        assert [row[key] for row in found if key in row] == pytest.approx(wanted, rel=rel), key
+    assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
+
+
+def elements(tensor: int, stages: list[str]) -> list[int]:
+    """Of the parameters on each of two stages, or on the one, of a tensor-parallel rank."""
+    norms, matrices = 2 * 32, (4 * 32**2 + 3 * 32 * 64) // tensor
+    parts = {"embedding": 512 * 32 // tensor, "layer": norms + matrices, "norm": 32}
+    return [sum(parts[part] for part in stage.split()) for stage in stages]
+
+
+@pytest.mark.parametrize("shape", [(TENSOR, {}), (PIPE, ACCUMULATED)], ids=["tensor", "pipeline"])
+def test_tensor_ranks_and_stages_train_adamw_as_one_rank_does(
+    home: Path, adamw_rows: list[dict[str, Any]], shape: tuple[tuple[str, str], dict[str, int]]
+) -> None:
+    """Two data-parallel ranks of two ranks each; bytes are those of this rank's part and stage."""
+    flags, keys = shape
+    rows = train(home, settings(ADAMW, **keys), f"adamw {flags[0]}", *flags, ranks=4)
+    assert_same_run(rows, adamw_rows, rel=1e-5)
+    own = elements(2, ["embedding layer layer norm"]) if flags == TENSOR else elements(1, ["embedding layer"])
+    assert {row["bytes_ddp"] for row in rows} == {4 * own[0]}
+    assert rows[-1]["bytes_eval"] == adamw_rows[-1]["bytes_eval"]
+
+
+def test_stages_of_tensor_ranks_train_adamw_as_one_rank_does_and_resume(
+    home: Path, adamw_rows: list[dict[str, Any]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+    config = settings(ADAMW, **keys)
+    rows = train(home, config, "adamw mesh", *TENSOR, *PIPE, "--save-interval", str(SAVED_AT), ranks=4)
+    assert_same_run(rows, adamw_rows, rel=1e-5)
+    assert f"{PARAMETERS:,} parameters, " in capfd.readouterr().out, "the model is counted once"
+    part = home / "adamw mesh-resumed"
+    shutil.copytree(home / "adamw mesh", part)
+    (part / "checkpoints" / "latest").write_text(f"global_step{SAVED_AT}")
+    again = train(home, config, part.name, *TENSOR, *PIPE, "--resume", ranks=4)
+    for row in (*again, *rows):
+        del row["tokens_per_s"]
+    assert again == rows
+    argv = arguments(home, config, part.name, *TENSOR, "--resume", "--train-steps", "20")
+    message = run_ranks(mistake_of, 2, str(home), argv, init_process_group=False, timeout_s=60)[0]
+    assert re.search(r"was saved with --tensor-parallel 2 --pipeline-parallel 2, this run has 2 and 1", message)
+
+
+@pytest.mark.parametrize("flags", [TENSOR, PIPE], ids=["tensor", "pipeline"])
+def test_two_replicas_of_tensor_ranks_or_stages_train_lordo_as_two_of_one_rank(
+    home: Path, lordo_run: Path, flags: tuple[str, str]
+) -> None:
+    rows, expected = train(home, settings(lordo()), f"lordo {flags[0]}", *flags, ranks=4), read_metrics(lordo_run)
+    assert_same_run(rows, expected, rel=1e-3)
+    assert [row["synced"] for row in rows] == [row["synced"] for row in expected]
+    assert [bool(row["bytes_replica"]) for row in rows] == [bool(row["bytes_replica"]) for row in expected]
+    assert sum(row["bytes_replica"] for row in rows) < sum(row["bytes_replica"] for row in expected)
+
+
+def test_one_replica_of_stages_of_tensor_ranks_trains_lordo_as_one_rank_does(home: Path) -> None:
+    one = train(home, settings(lordo()), "lordo one", ranks=1)
+    keys = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
+    assert_same_run(train(home, settings(lordo(), **keys), "lordo mesh", *TENSOR, *PIPE, ranks=4), one, rel=1e-3)
+
+
 def test_low_rank_ddp_is_one_replica_that_sends_what_ddp_sends(home: Path) -> None:
     params = {"qh_mode": "none", "basis_source": "gradient", "sync_interval": 1, "error_feedback": "fp32"}
     rows = train(home, settings(lordo(replica_size="all", **params)), "low_rank", "--train-steps", "5")
@@ -243,10 +311,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "blocks": ({"optimizer": "AdamW"}, [], "must be a JSON object"),
     "tensor parallel": (
         settings(ADAMW),
-        ["--tensor-parallel", "2"],
-        "--tensor-parallel 2: only 1 is supported",
+        ["--tensor-parallel", "3"],
+        r"--tensor-parallel 3: must divide num_attention_heads 4, .* \(nearest: 2\)",
     ),
-    "pipeline": (settings(ADAMW), ["--pipeline-parallel", "4"], "--pipeline-parallel 4: only 1 is supported"),
+    "no tensor parallel": (settings(ADAMW), ["--tensor-parallel", "0"], "--tensor-parallel 0: must be at least 1"),
+    "pipeline": (
+        settings(ADAMW),
+        ["--pipeline-parallel", "4"],
+        r"--pipeline-parallel 4: must be at most num_layers 2 \(nearest: 2\)",
+    ),
+    "ranks": (
+        settings(ADAMW),
+        ["--tensor-parallel", "2", "--pipeline-parallel", "2"],
+        r"the number of ranks must be a multiple of 4, not 1 \(nearest: 4\)",
+    ),
     "steps": (settings(ADAMW), ["--train-steps", "0"], "--train-steps 0: must be at least 1"),
     "option": (settings(ADAMW), ["--trian-steps", "5"], "unrecognized arguments: --trian-steps"),
     "resume": (settings(ADAMW), ["--resume"], "--resume: no checkpoint in .*leave --resume away"),

@@ -1,0 +1,292 @@
+"""TP x PP x replicas x shards: a GPT follows the trajectory of the run without model parallelism, step by step.
+
+The same replicas see the same samples everywhere; weights are compared whole, by the names of the model in one piece.
+Adam turns the rounding noise of a vanishing gradient into full steps, and a leading subspace without a spectral gap
+is ill-conditioned: an eps of the size of the gradients keeps the comparison one of the parallel layouts.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import lordo_ds
+from megatron_patches import cpu
+from megatron_patches.gradients import sum_partial_gradients
+from megatron_patches.mpu import MegatronMPU
+from megatron_patches.params import describe_model, whole
+from tests.collectives import CollectiveCounter
+from tests.engines import weights as weights_of
+from tests.ranks import run_ranks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
+
+from _gpt import GptConfig, build_gpt, loss_sums
+
+pytestmark = [
+    pytest.mark.deepspeed,
+    pytest.mark.megatron,
+    pytest.mark.distributed,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs Megatron on the CPU"),
+]
+
+TIED = GptConfig(
+    num_layers=2,
+    hidden_size=32,
+    num_attention_heads=4,
+    num_query_groups=2,
+    qk_layernorm=True,
+    ffn_hidden_size=48,
+    seq_length=16,
+    vocab_size=64,
+    init_std=0.1,
+)
+UNTIED = replace(
+    TIED,
+    num_query_groups=4,
+    qk_layernorm=False,
+    normalization="LayerNorm",
+    position_embedding="learned",
+    activation="gelu",
+    bias=True,
+    tie_embeddings=False,
+)
+MODELS = {"tied": TIED, "untied": UNTIED}
+STEPS, MICRO_BATCHES = 9, 2
+LORDO = {"lr": 0.02, "eps": 1e-2, "rank": 8, "sync_interval": 3, "preset": "recommended", "weight_decay": 0.01}
+
+
+def micro_batch(step: int, number: int) -> dict[str, Tensor]:
+    """The samples of one micro-batch, numbered over all replicas."""
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    tokens = torch.randint(0, TIED.vocab_size, (2, TIED.seq_length + 1), generator=generator)
+    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].contiguous(), "loss_mask": torch.ones(2, TIED.seq_length)}
+
+
+def train(tensor: int, pipe: int, shards: int, stage: int, model: str, optimizer: dict[str, Any]) -> dict[str, Any]:
+    """What this rank saw: weights by name after every step (whole), gradient norms, reports, bytes."""
+    import deepspeed
+    from megatron.core import parallel_state
+    from megatron.core import tensor_parallel as tp
+
+    deepspeed.init_distributed(verbose=False)
+    cpu.install()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor, pipe)
+    tp.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
+    torch.manual_seed(7)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": MICRO_BATCHES // shards,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "optimizer": {"type": "LoRDO", "params": {**LORDO, **optimizer, "replica_size": shards}},
+        "steps_per_print": 10**9,
+    }
+    if pipe > 1:
+        from _gpt_pipe import GPTModelPipe
+
+        module: Any = GPTModelPipe(MODELS[model], torch.float32)
+        mpu = None
+    else:
+        module, mpu = build_gpt(MODELS[model], torch.float32), MegatronMPU()
+    sum_partial_gradients(module)
+    engine = deepspeed.initialize(model=module, config=config, mpu=mpu)[0]
+    hook = lordo_ds.hook(engine)
+    assert hook is not None
+    found: dict[str, Any] = {"weights": [], "norms": [], "bytes": []}
+    replica_of = _replica_of_ranks(hook)
+    for step in range(STEPS):
+        first = hook.data_parallel_rank * engine.gradient_accumulation_steps()
+        batches = [micro_batch(step, first + i) for i in range(engine.gradient_accumulation_steps())]
+        sent = hook.bytes_sent
+        with CollectiveCounter() as counter:
+            _step(engine, batches)
+        crossing = counter.crossing(replica_of)
+        _check_traffic(hook, step + 1, hook.bytes_sent - sent, crossing)
+        found["norms"].append(float(engine.get_global_grad_norm() or 0.0))
+        found["weights"].append(_whole_weights(engine, module, pipe))
+    _check_equal_inside(hook)
+    found["report"] = lordo_ds.status(engine)["last_sync"]
+    found["status"] = lordo_ds.status(engine)
+    engine.destroy()
+    return found
+
+
+def _step(engine: Any, batches: list[dict[str, Tensor]]) -> None:
+    if hasattr(engine, "train_batch"):
+        engine.train_batch(iter([(b["tokens"], (b["labels"], b["loss_mask"])) for b in batches]))
+        return
+    for batch in batches:
+        total, count = loss_sums(engine, batch)
+        engine.backward(total / count)
+        engine.step()
+
+
+def _replica_of_ranks(hook: Any) -> list[int]:
+    replicas: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(replicas, hook.replica_index)
+    return replicas
+
+
+def _check_traffic(hook: Any, step: int, sent: int, crossing: list[Any]) -> None:
+    """Across replicas something travels at syncs only (and for the first basis), and as much as predicted."""
+    from lordo_ds.core.schedule import sync_plan
+
+    sync, plan = hook.optimizer.sync, sync_plan(hook.optimizer.config, step)
+    if hook.replicas == 1:
+        assert not crossing and not sent
+    elif not plan.due and step > 1:
+        assert not crossing and not sent, (step, crossing)
+    elif plan.due:
+        assert crossing and sent == sync.predicted_bytes(plan, 0, 0), (step, sent, sync.predicted_bytes(plan, 0, 0))
+
+
+def _whole_weights(engine: Any, module: Any, pipe: int) -> dict[str, Tensor]:
+    """This stage's weights, tensor slices put together, by the names of the model in one piece."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    mine, found = weights_of(engine), {}
+    for _, facts in describe_model(module):
+        name = module.name_in_one_piece(facts.name) if pipe > 1 else facts.name
+        value = mine[name]
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, value.contiguous(), group=group)
+        if facts.dim is None:
+            assert all(torch.equal(part, parts[0]) for part in parts), f"copies of {facts.name} differ"
+        found[name] = parts[0] if facts.dim is None else whole(parts, facts.dim, facts.stride)
+    return found
+
+
+def _check_equal_inside(hook: Any) -> None:
+    """A matrix's basis is bitwise equal on every rank of its replica and stage, slices and shards alike."""
+    sync = hook.optimizer.sync
+    mine = {}
+    for item in sync.items:
+        if item.plan.low_rank:
+            mine[item.plan.name] = item.whole_basis().clone()
+    everybody: list[Any] = [mine] * hook.groups.tensor_size
+    dist.all_gather_object(everybody, mine, group=hook.groups.tensor)
+    shards: list[Any] = [mine] * hook.groups.layout.replica_size
+    dist.all_gather_object(shards, mine, group=hook.groups.shard)
+    for other in (*everybody, *shards):
+        assert all(torch.equal(other[name], basis) for name, basis in mine.items())
+
+
+def trained(layouts: list[tuple[int, int, int, int]], **optimizer: Any) -> dict[str, Any]:
+    """Several layouts (tensor, pipe, shards, ZeRO stage) in one launch, both models."""
+    torch.set_num_threads(1)
+    return {
+        f"{model} TP{tensor} PP{pipe} shards {shards} stage {stage}": train(
+            tensor, pipe, shards, stage, model, optimizer
+        )
+        for tensor, pipe, shards, stage in layouts
+        for model in MODELS
+    }
+
+
+_REFERENCES: dict[tuple[int, str], list[dict[str, Any]]] = {}
+
+
+def reference(replicas: int, **optimizer: Any) -> list[dict[str, Any]]:
+    """The runs without model parallelism, one rank per replica, by replica."""
+    key = (replicas, repr(optimizer))
+    if key not in _REFERENCES:
+        _REFERENCES[key] = run_ranks(trained, replicas, [(1, 1, 1, 0)], timeout_s=240, **optimizer)
+    return _REFERENCES[key]
+
+
+def compare(replicas: int, layouts: list[tuple[int, int, int, int]], **optimizer: Any) -> None:
+    tensor, pipe, shards, _ = layouts[0]
+    expected = reference(replicas, **optimizer)
+    runs = run_ranks(trained, tensor * pipe * shards * replicas, layouts, timeout_s=240, **optimizer)
+    for rank, run in enumerate(runs):
+        for layout, found in run.items():
+            replica = rank % (tensor * shards * replicas) // (tensor * shards)
+            one = expected[replica][f"{layout.split()[0]} TP1 PP1 shards 1 stage 0"]
+            moved = one["weights"][-1]["decoder.final_layernorm.weight"] - 1.0
+            assert float(moved.abs().max()) > 0.01, "this run trains nothing"
+            for step, (mine, theirs) in enumerate(zip(found["weights"], one["weights"], strict=True), start=1):
+                scale = max(float(weight.abs().max()) for weight in theirs.values())
+                for name, weight in mine.items():
+                    error = float((weight - theirs[name]).abs().max()) / scale
+                    assert error < 1e-5, f"{layout} rank {rank} step {step} {name}: {error:.1e}"
+            assert found["norms"] == pytest.approx(one["norms"], rel=1e-4), layout
+            for key in ("drift", "overlap", "captured_gradient_energy"):
+                assert found["report"][key] == pytest.approx(one["report"][key], rel=1e-2, abs=1e-4), (layout, key)
+            _check_ledgers(found["status"], tensor, pipe, shards, replicas, layout)
+            for key in ("low_rank_parameters", "low_rank_elements", "dense_parameters", "dense_elements"):
+                assert found["status"][key] == one["status"][key], (layout, key)
+    _check_tied_copies(runs, tensor, pipe)
+
+
+def _check_ledgers(status: dict[str, Any], tensor: int, pipe: int, shards: int, replicas: int, layout: str) -> None:
+    """Bytes are counted for the group that they went to, and for no other."""
+    sent, sharded = status["bytes_inside"], shards > 1 and not layout.endswith("stage 0")
+    assert (sent["tensor"] > 0) == (tensor > 1)  # row sums of every step, refreshes
+    assert (sent["shard"] > 0) == sharded
+    assert (sent["pipe"] > 0) == (pipe > 1 and layout.startswith("tied"))
+    assert (sent["everyone"] > 0) == (tensor * pipe * shards > 1)
+    assert (status["bytes_sent_total"] > 0) == (replicas > 1)
+    assert status["tensor_parallel_size"] == tensor and status["pipeline_parallel_size"] == pipe
+
+
+def _check_tied_copies(runs: list[dict[str, Any]], tensor: int, pipe: int) -> None:
+    """What two stages hold of the tied embedding is bitwise equal after every step."""
+    per_stage = len(runs) // pipe
+    for first, last in ((rank, rank + (pipe - 1) * per_stage) for rank in range(per_stage)):
+        for layout in (name for name in runs[first] if name.startswith("tied")):
+            for a, b in zip(runs[first][layout]["weights"], runs[last][layout]["weights"], strict=True):
+                name = "embedding.word_embeddings.weight"
+                assert torch.equal(a[name], b[name]), layout
+
+
+def _name(value: int | list[tuple[int, int, int, int]]) -> str:
+    if isinstance(value, int):
+        return f"{value}_replicas"
+    return "TP{}-PP{}-shards{}".format(*value[0][:3])
+
+
+@pytest.mark.parametrize(
+    ("replicas", "layouts"),
+    [
+        (1, [(2, 1, 1, 0)]),
+        (1, [(1, 2, 1, 0)]),
+        (1, [(1, 1, 2, stage) for stage in (0, 1)]),
+        (1, [(2, 2, 1, stage) for stage in (0, 1)]),
+        (1, [(2, 1, 2, stage) for stage in (1, 3)]),
+        (1, [(1, 2, 2, stage) for stage in (0, 1)]),
+        (2, [(2, 1, 1, 0)]),
+        (2, [(1, 2, 1, stage) for stage in (0, 1)]),
+        (2, [(1, 1, 2, stage) for stage in (0, 1)]),
+    ],
+    ids=_name,
+)
+def test_every_layout_follows_the_run_without_model_parallelism(
+    replicas: int, layouts: list[tuple[int, int, int, int]]
+) -> None:
+    compare(replicas, layouts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("replicas", "layouts"),
+    [
+        (1, [(4, 1, 1, 0)]),
+        (2, [(2, 2, 1, stage) for stage in (0, 1)]),
+        (1, [(2, 2, 2, stage) for stage in (0, 1)]),
+        (2, [(2, 1, 2, stage) for stage in (0, 1)]),
+        (2, [(1, 2, 2, stage) for stage in (0, 1)]),
+    ],
+    ids=_name,
+)
+def test_layouts_of_more_processes_follow_it_too(replicas: int, layouts: list[tuple[int, int, int, int]]) -> None:
+    compare(replicas, layouts)
