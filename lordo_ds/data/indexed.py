@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from lordo_ds.data.corpus import DataError
+
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
@@ -66,12 +68,38 @@ def _write_index(path: Path, lengths: npt.NDArray[np.int64], dtype: np.dtype) ->
 
 
 def read_lengths(prefix: Path) -> tuple[npt.NDArray[np.int32], np.dtype]:
-    """Tokens per document, in file order, and the tokens' dtype."""
-    raw = prefix.with_suffix(".idx").read_bytes()
-    magic, version, code, count, _ = _HEADER.unpack_from(raw)
-    assert magic == _MAGIC and version == _VERSION and code in _DTYPES, f"{prefix}.idx is not a Megatron index"
-    return np.frombuffer(raw, dtype="<i4", count=count, offset=_HEADER.size), _DTYPES[code]
+    """Tokens per document, in file order, and the tokens' dtype; everything the index says is checked.
+
+    Raises:
+        DataError: the index is not one, is damaged, or does not fit the tokens beside it.
+    """
+    index, tokens = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+    try:
+        raw, token_bytes = index.read_bytes(), tokens.stat().st_size
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+    if len(raw) < _HEADER.size:
+        raise DataError(f"{index}: {len(raw)} bytes are too few for the header of a Megatron index")
+    magic, version, code, count, boundaries = _HEADER.unpack_from(raw)
+    if magic != _MAGIC or version != _VERSION or code not in _DTYPES:
+        raise DataError(f"{index}: not a Megatron index of version {_VERSION} with tokens of uint16 or int32")
+    expected = _HEADER.size + count * (4 + 8) + boundaries * 8
+    if boundaries != count + 1 or len(raw) != expected:
+        raise DataError(f"{index}: {len(raw)} bytes, but its header announces {expected}: it is damaged")
+    lengths = np.frombuffer(raw, dtype="<i4", count=count, offset=_HEADER.size)
+    offsets = np.frombuffer(raw, dtype="<i8", count=count, offset=_HEADER.size + 4 * count)
+    documents = np.frombuffer(raw, dtype="<i8", count=boundaries, offset=_HEADER.size + 12 * count)
+    dtype = _DTYPES[code]
+    if (lengths < 0).any() or not np.array_equal(documents, np.arange(count + 1)):
+        raise DataError(f"{index}: its lengths or document boundaries are damaged")
+    if not np.array_equal(offsets, _starts(lengths) * dtype.itemsize):
+        raise DataError(f"{index}: its offsets do not follow from its lengths: it is damaged")
+    if int(lengths.sum(dtype=np.int64)) * dtype.itemsize != token_bytes:
+        raise DataError(f"{tokens}: {token_bytes} bytes are not what {index.name} describes: one of them is damaged")
+    return lengths, dtype
 
 
 def _starts(lengths: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    if not len(lengths):
+        return np.zeros(0, np.int64)
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths[:-1], dtype=np.int64)])

@@ -25,6 +25,7 @@ _FORMAT = 1
 """Raise it when the same text and settings would give other files."""
 _SHUFFLE_SEED = 0
 _BATCH_DOCUMENTS = 256
+_INFO = ("documents", "tokens", "text_bytes", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,33 @@ def prepare(
         )
 
     folder = build_once((cache or default_cache()) / f"data-{key}", build, say)
-    return PreparedData(folder=folder, key=key, **json.loads((folder / "info.json").read_text()))
+    return _open(folder, key)
+
+
+def _open(folder: Path, key: str) -> PreparedData:
+    """Check that everything in the folder fits together.
+
+    Raises:
+        DataError: naming what is damaged; deleting the folder has it made anew.
+    """
+    remedy = f"delete {folder} to have it made anew"
+    try:
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        if set(info) != set(_INFO) or not all(type(value) is int and value > 0 for value in info.values()):
+            raise ValueError(f"expected positive numbers for {', '.join(_INFO)}")
+        data = PreparedData(folder=folder, key=key, **info)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder / 'info.json'}: {' '.join(str(error).split())}; {remedy}") from None
+    try:
+        lengths, _ = read_lengths(data.prefix)
+        vocab_size = data.tokenizer().vocab_size
+    except DataError as error:
+        raise DataError(f"{error}; {remedy}") from None
+    found = {"documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64)), "vocab_size": vocab_size}
+    for name, value in found.items():
+        if value != info[name]:
+            raise DataError(f"{folder}: {value} {name}, but info.json says {info[name]}; {remedy}")
+    return data
 
 
 def unigram_entropy(tokens: npt.NDArray[np.integer]) -> float:

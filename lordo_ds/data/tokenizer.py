@@ -28,10 +28,18 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path) -> None:
         self.model_path = Path(model_path)
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(model_path))
+        except (RuntimeError, OSError) as error:
+            raise DataError(f"{model_path}: not a sentencepiece model ({' '.join(str(error).split())})") from None
         self.vocab_size: int = self._model.get_piece_size()
         self.eod: int = self._model.eos_id()
         self.pad: int = self._model.pad_id()
+        if (self.eod, self.pad) != (EOD, PAD):
+            raise DataError(
+                f"{model_path}: the end of a document is piece {self.eod} and padding {self.pad}, not {EOD} and {PAD}: "
+                "not a model that train_tokenizer made"
+            )
         # Megatron hashes these into the names of its index files.
         self.unique_identifiers = OrderedDict(
             [("class", type(self).__name__), ("tokenizer_path", str(self.model_path.resolve()))]
