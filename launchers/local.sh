@@ -4,7 +4,8 @@
 #     bash launchers/local.sh 4 configs/ds/lordo.json --model configs/model/tiny.yaml --output-dir runs/four
 #
 # Everything after the JSON goes to launchers/pretrain_gpt.py (--help lists it). With LoRDO's replica_size 1
-# each process is a replica. Processes run on the GPUs if there are at least N, else on the CPU.
+# each data-parallel rank is a replica: each process, without tensor and pipeline parallelism. Processes run on
+# the GPUs if there are at least N, else on the CPU.
 set -euo pipefail
 if [ $# -lt 2 ] || [[ ! $1 =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: bash launchers/local.sh PROCESSES DEEPSPEED_JSON --model YAML --output-dir DIR [options]" >&2
