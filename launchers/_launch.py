@@ -87,6 +87,7 @@ def start_distributed(tensor_parallel: int, pipeline_parallel: int, seed: int) -
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    join_group_of_this_attempt(get_accelerator().communication_backend_name())
     deepspeed.init_distributed(verbose=False)
 
     from megatron.core import parallel_state
@@ -96,6 +97,29 @@ def start_distributed(tensor_parallel: int, pipeline_parallel: int, seed: int) -
     cpu.install()
     parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
     seed_everything(seed)
+
+
+def join_group_of_this_attempt(backend: str) -> None:
+    """Under torchrun, keep a restarted job from reading the addresses that the crashed one left in the agent's store.
+
+    torch 2.5 to 2.13 keep one store for all attempts (pytorch issue 135712). The count of restarts keeps them apart,
+    on one node; agents on several nodes count apart from each other, and need a store for each attempt.
+    """
+    import torch.distributed as dist
+
+    restarts, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    if not most or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    world = int(os.environ["WORLD_SIZE"])
+    if int(os.environ["LOCAL_WORLD_SIZE"]) < world:
+        say(
+            "torchrun keeps one store for all attempts: after a crash the ranks will not find each other; "
+            "start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv-backend=c10d"
+        )
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.PrefixStore(f"attempt_{restarts}", dist.TCPStore(address, port, is_master=False))
+    dist.init_process_group(backend, store=store, rank=dist_rank(), world_size=world)
 
 
 def seed_everything(seed: int) -> None:

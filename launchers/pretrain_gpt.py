@@ -16,7 +16,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ from _launch import (
     shut_down,
     start_distributed,
 )
-from _parallel import check_parallel_sizes, check_saved_sizes, elements_here, elements_in_all
+from _parallel import check_parallel_sizes, elements_here, elements_in_all
+from _restart import RESUME_CHOICES, load_checkpoint, write_rows_that_nobody_averages
 from _run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
 from _text import (
     BatchShape,
@@ -66,7 +67,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-interval", type=int, default=100, metavar="N", help="steps; 0: at the end only")
     add("--eval-samples", type=int, default=128, metavar="N", help="sequences in an evaluation")
     add("--save-interval", type=int, default=0, metavar="N", help="steps; 0: at the end only")
-    add("--resume", action="store_true", help="go on from the latest checkpoint in DIR")
+    add(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=RESUME_CHOICES,
+        help="go on from the latest checkpoint in DIR; auto: if there is one",
+    )
     add("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share every matrix")
     add("--pipeline-parallel", type=int, default=1, metavar="N", help="stages that the layers are divided over")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
@@ -109,6 +116,7 @@ class Job:
     """Everything that the training loop uses."""
 
     args: argparse.Namespace
+    model: GptConfig
     trainer: PlainTrainer | PipelineTrainer
     hook: Hook
     group: Any
@@ -165,9 +173,12 @@ def set_up(args: argparse.Namespace) -> Job:
         f"{shape.global_batch} x {model_config.seq_length} tokens"
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    client = load_checkpoint(args, engine)
+    client = load_checkpoint(args, engine, hook)
+    log = RunLog(args.output_dir, dist_rank() == 0, engine.monitor, client["step"], client["waiting_rows"])
+    write_rows_that_nobody_averages(log, hook)
     return Job(
         args=args,
+        model=model_config,
         trainer=trainer,
         hook=hook,
         group=group,
@@ -177,7 +188,7 @@ def set_up(args: argparse.Namespace) -> Job:
         shape=shape,
         seq_length=model_config.seq_length,
         unigram_perplexity=math.exp(unigram_entropy(data.validation_tokens(held_out))),
-        log=RunLog(args.output_dir, dist_rank() == 0, engine.monitor, client["step"], client["waiting_rows"]),
+        log=log,
         ddp_bytes=reduction_bytes(
             elements_here(engine.module) * (2 if half_precision(engine) else 4), shape.data_parallel_size
         ),
@@ -188,27 +199,17 @@ def set_up(args: argparse.Namespace) -> Job:
     )
 
 
-def load_checkpoint(args: argparse.Namespace, engine: Any) -> dict[str, Any]:
-    """Where to go on; zeros for a new run."""
-    if not args.resume:
-        return {"step": 0, "consumed_samples": 0, "waiting_rows": []}
-    folder = args.output_dir / "checkpoints"
-    if not (folder / "latest").exists():
-        raise ValueError(f"--resume: no checkpoint in {folder}; leave --resume away to start anew")
-    check_saved_sizes(folder, args.tensor_parallel, args.pipeline_parallel)
-    _, client = engine.load_checkpoint(str(folder))
-    if client["step"] >= args.train_steps:
-        raise ValueError(f"--resume: {folder} is at step {client['step']} already; give a larger --train-steps")
-    say(f"resumed from step {client['step']}")
-    return dict(client)
-
-
 def save_checkpoint(job: Job) -> None:
     """Collective. Rows that wait for a sync go along; the hook saves what is to be averaged."""
     if isinstance(job.hook, EveryStepHook):
         job.hook.flush()
         job.log.flush(job.hook.averaged_rows())
-    client = {"step": job.step, "consumed_samples": job.consumed, "waiting_rows": job.log.waiting}
+    client = {
+        "step": job.step,
+        "consumed_samples": job.consumed,
+        "waiting_rows": job.log.waiting,
+        "model": asdict(job.model),  # for `lordo ckpt export --format hf`
+    }
     folder = job.args.output_dir / "checkpoints"
     job.trainer.engine.save_checkpoint(str(folder), f"global_step{job.step}", client_state=client)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -124,16 +125,20 @@ class LordoConfig(_Block):
     anchor: AnchorPlacement = AnchorPlacement()
     streaming: Streaming = Streaming()
     sync_warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
+    min_participants: Annotated[StrictInt, Field(ge=1)] | str = "1/2"
     max_nonfinite_syncs: Annotated[StrictInt, Field(ge=1)] = 3
+    max_left_out_syncs: Annotated[StrictInt, Field(ge=1)] | Literal["never"] = 10
+    sync_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
 
     @classmethod
-    def parse(cls, params: dict[str, Any]) -> LordoConfig:
+    def parse(cls, params: Any) -> LordoConfig:
         """Validate the keys of `optimizer.params`; keys given beside a preset win over it.
 
         Raises:
             ConfigError: one line naming the key, the value, the rule and the nearest legal value.
         """
-        params = dict(params)
+        if not isinstance(params, Mapping):
+            raise ConfigError(f"LoRDO: optimizer.params = {params!r:.80} must be an object of keys and values")
         preset = params.get("preset", "paper")
         defaults = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
         try:
@@ -151,13 +156,15 @@ class LordoConfig(_Block):
     @field_validator("rank")
     @classmethod
     def _rank_or_fraction(cls, value: int | str) -> int | str:
-        if isinstance(value, str):
-            try:
-                fraction = Fraction(value)
-            except (ValueError, ZeroDivisionError):
-                fraction = Fraction(0)
-            if "/" not in value or not 0 < fraction <= 1:
-                raise ValueError('an int >= 1, or a fraction of the smaller side such as "1/8" (nearest: "1/8")')
+        if isinstance(value, str) and not _is_fraction(value):
+            raise ValueError('an int >= 1, or a fraction of the smaller side such as "1/8" (nearest: "1/8")')
+        return value
+
+    @field_validator("min_participants")
+    @classmethod
+    def _replicas_or_fraction(cls, value: int | str) -> int | str:
+        if isinstance(value, str) and not _is_fraction(value):
+            raise ValueError('an int >= 1, or a fraction of the replicas such as "1/2" (nearest: "1/2")')
         return value
 
     @model_validator(mode="after")
@@ -197,6 +204,12 @@ class LordoConfig(_Block):
             return max(1, min(smaller_side, math.floor(Fraction(self.rank) * smaller_side)))
         return min(self.rank, smaller_side)
 
+    def least_participants(self, replicas: int) -> int:
+        """Finite replicas that a sync needs: at least 1, at most all."""
+        if isinstance(self.min_participants, str):
+            return max(1, math.ceil(Fraction(self.min_participants) * replicas))
+        return min(self.min_participants, replicas)
+
     @property
     def moment_sync_intervals(self) -> tuple[int, int]:
         """(Ku, Kv): steps between averagings of exp_avg and exp_avg_sq; 0 means never."""
@@ -209,6 +222,13 @@ class LordoConfig(_Block):
         return self.moment_sync_interval
 
 
+def _is_fraction(text: str) -> bool:
+    try:
+        return "/" in text and 0 < Fraction(text) <= 1
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
 def nearest_name(name: str, legal: list[str]) -> str:
     """The legal name most like the given one."""
     return (difflib.get_close_matches(name, legal, n=1, cutoff=0.0) or legal[:1])[0]
@@ -218,6 +238,8 @@ def nearest_name(name: str, legal: list[str]) -> str:
 _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rank": ('must be a whole number >= 1 or a fraction of the smaller side such as "1/8"', ('"1/8"',)),
     "replica_size": ('must be a whole number >= 1, "node" or "all"', ('"node"', '"all"', "1")),
+    "min_participants": ('must be a whole number >= 1 or a fraction of the replicas such as "1/2"', ('"1/2"',)),
+    "max_left_out_syncs": ('must be a whole number >= 1 or "never"', ('"never"', "10")),
     "moment_sync_interval": ('must be a multiple of sync_interval, a pair of them, or "never"', ('"never"',)),
     "betas": ("must be two numbers, each >= 0 and < 1", ("[0.9, 0.999]",)),
     "error_feedback": ('must be false, "bf16" or "fp32"', ('"bf16"', '"fp32"', "false")),
@@ -239,7 +261,7 @@ def _one_line(error: ValidationError) -> str:
     """The first complaint as one line: key, value, rule, nearest legal value."""
     complaint = error.errors(include_url=False)[0]
     path = [part for part in complaint["loc"] if not _is_branch(part)]
-    key = ".".join(str(part) for part in path)
+    key = ".".join(str(part).encode("unicode_escape").decode() for part in path)
     kind, context, value = complaint["type"], complaint.get("ctx", {}), complaint["input"]
     where = f"LoRDO: optimizer.params.{key}"
     if kind == "extra_forbidden":

@@ -59,13 +59,16 @@ class RunHandle:
         """Keep numbers of the step just attempted; their averages over replicas come with the next sync.
 
         Call it once per step with the same names on every rank. Averaging a loss at every step instead, over all
-        data-parallel ranks, would send it through the slow network every time.
+        data-parallel ranks, would send it through the slow network every time. A replica whose `loss` is not finite,
+        though its step was not skipped, is left out of the next sync.
         """
         keys = sorted(values)
         if self.row_keys and keys != self.row_keys:
             raise ValueError(f"LoRDO: record() got {keys}, earlier {self.row_keys}: give the same names at every step")
         self.row_keys = keys
         assert self.optimizer.sync is not None
+        if "loss" in values and self.optimizer.last_attempt_executed:
+            self.optimizer.sync.faults.note_loss(float(values["loss"]), self.optimizer.attempted_steps)
         self.optimizer.sync.rows.pending.append([float(values[key]) for key in keys])
 
     def averaged_rows(self) -> list[dict[str, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lordo_ds.checkpoint.layout import (
+    STATE_FORMAT,
+    CheckpointError,
+    Counters,
+    EngineFacts,
+    FragmentLayout,
+    Header,
+    Mesh,
+    refuse_differences,
+)
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
@@ -26,11 +36,11 @@ from lordo_ds.dist.inner_step import step_fragments_
 from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.report import SyncReport
 from lordo_ds.dist.sync import OuterSync
+from lordo_ds.dist.watchdog import Unwatched, watch_ranks
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
 
-STATE_FORMAT = 1
 _SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Elements of matrices stepped together: bounds the coordinates that exist at one time.
@@ -74,11 +84,16 @@ class LoRDO(torch.optim.Optimizer):
         self.attempted_steps = 0
         self.executed_steps = 0
         self.sync: OuterSync | None = None
+        self.watchdog = Unwatched()
         self.plans: list[ParameterPlan] = []
         self.model_size = ModelSize()
+        # What the engine adapter knows of the files that this state goes into.
+        self.engine_facts = EngineFacts()
+        self.pipe_stage, self.pipe_stages = 0, 1
+        self._facts: dict[str, ParameterFacts] = {}
         self._fragments: dict[Tensor, list[Fragment]] = {}
         self._tied: set[str] = set()
-        self._executed_now = False
+        self._executed_now = self.last_attempt_executed = False
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -113,6 +128,7 @@ class LoRDO(torch.optim.Optimizer):
         pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
         facts = [piece.facts for _, piece in pieces]
         self.plans = plan_parameters(self.config, facts, inside.of_every_rank(facts))
+        self._facts = {fact.name: fact for fact in facts}
         self._tied = {weight.name for weight in tied}
         tied_stages = {weight.name: weight.stage for weight in tied}
         fragments = []
@@ -142,6 +158,10 @@ class LoRDO(torch.optim.Optimizer):
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start():
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
+        ledgers = [comm.ledger for comm in (wire, inside.shard, inside.tensor, inside.everyone, inside.rows)]
+        self.watchdog = watch_ranks(
+            self.config.sync_timeout_s, lambda: sum(ledger.total_bytes for ledger in ledgers), owner=self
+        )
 
     @staticmethod
     def _check_alike(fragments: Sequence[Fragment], inside: InsideReplica) -> None:
@@ -216,7 +236,7 @@ class LoRDO(torch.optim.Optimizer):
         for fragment in self._fragments[tensor]:
             gradient = fragment.slice_of(tensor.grad)
             if compares and (fragment.duplicated or fragment.plan.name in self._tied):
-                fragment.gradient_square = gradient.double().square().sum()
+                fragment.gradient_square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
             settings = self._settings(fragment, group)
             if fragment.plan.low_rank:
                 low_rank.append((fragment, gradient, settings))
@@ -284,6 +304,15 @@ class LoRDO(torch.optim.Optimizer):
         assert self.sync is not None
         self.attempted_steps += 1
         self.executed_steps += self._executed_now
+        with self.watchdog.at_the_end_of(self.attempted_steps):
+            changed = self._cross_replicas()
+        if self.synced:
+            self.watchdog.synced(self.attempted_steps)
+        self.last_attempt_executed, self._executed_now = self._executed_now, False
+        return changed
+
+    def _cross_replicas(self) -> bool:
+        assert self.sync is not None
         changed = False
         plan = sync_plan(self.config, self.attempted_steps)
         if plan.due or self.executed_steps <= 1:
@@ -293,7 +322,6 @@ class LoRDO(torch.optim.Optimizer):
         if plan.due:
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
             changed = True
-        self._executed_now = False
         return changed
 
     def _apply_deferred(self) -> bool:
@@ -319,11 +347,13 @@ class LoRDO(torch.optim.Optimizer):
             Whether weights changed.
         """
         assert self.sync is not None, "final_sync() needs at least one step"
-        if self.attempted_steps == self.sync.last_synced_step:
-            self.sync.flush_rows()
-            return False
-        plan = final_plan(self.config, self.attempted_steps)
-        self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)
+        with self.watchdog.at_the_end_of(self.attempted_steps):
+            if self.synced:
+                self.sync.flush_rows()
+                return False
+            plan = final_plan(self.config, self.attempted_steps)
+            self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)
+        self.watchdog.synced(self.attempted_steps)
         return True
 
     @property
@@ -345,74 +375,125 @@ class LoRDO(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: `torch.load(weights_only=True)` reads it back."""
         saved = super().state_dict()
-        saved["lordo"] = {
-            "format": STATE_FORMAT,
-            "settings": self.config.model_dump(mode="json"),
-            "replicas": self.sync.wire.replicas if self.sync else 1,
-            "names": [plan.name for plan in self.plans],
-            "attempted_steps": self.attempted_steps,
-            "executed_steps": self.executed_steps,
-            **{name: getattr(self.sync, name) if self.sync else 0 for name in _SYNC_COUNTERS},
-            "bytes_sent": self.sync.wire.ledger.state_dict() if self.sync else {},
-            "rows": [list(row) for row in self.sync.rows.pending] if self.sync else [],
-        }
+        saved["lordo"] = self.header().model_dump()
         return saved
 
-    @torch.no_grad()
+    def header(self) -> Header:
+        """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors."""
+        sync = self.sync
+        numbers = {tensor: i for i, tensor in enumerate(t for group in self.param_groups for t in group["params"])}
+        inside = sync.inside if sync else InsideReplica()
+        return Header(
+            format=STATE_FORMAT,
+            settings=self.config.model_dump(mode="json"),
+            mesh=Mesh(
+                replicas=sync.wire.replicas if sync else 1,
+                replica=sync.wire.index if sync else 0,
+                shards=inside.shard.size,
+                shard=inside.shard.index,
+                slices=inside.tensor.size,
+                slice=inside.tensor.index,
+                stages=self.pipe_stages,
+                stage=self.pipe_stage,
+            ),
+            fragments=tuple(
+                self._layout_of(fragment, numbers[tensor])
+                for tensor, fragments in self._fragments.items()
+                for fragment in fragments
+            ),
+            engine=self.engine_facts,
+            counters=Counters(
+                attempted_steps=self.attempted_steps,
+                executed_steps=self.executed_steps,
+                **{name: getattr(sync, name) if sync else 0 for name in _SYNC_COUNTERS},
+            ),
+            bytes_sent=sync.wire.ledger.state_dict() if sync else {},
+            rows=tuple(tuple(row) for row in sync.rows.pending) if sync else (),
+        )
+
+    def _layout_of(self, fragment: Fragment, tensor: int) -> FragmentLayout:
+        plan, fact = fragment.plan, self._facts[fragment.plan.name]
+        return FragmentLayout(
+            name=plan.name,
+            shape=plan.shape,
+            partition_dim=fact.partition_dim,
+            partitions=fact.partitions,
+            partition_stride=fact.partition_stride,
+            low_rank=plan.low_rank,
+            side=plan.side,
+            rank=plan.rank,
+            interval=fragment.intervals[fragment.comm.index],
+            tensor=tensor,
+            offset=fragment.offset,
+            copied=fragment.tied_copy,
+        )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state saved by `state_dict`; every tensor keeps its own dtype.
 
         Raises:
-            ValueError: not a LoRDO state, another format, or other parameters than these.
+            CheckpointError: not a LoRDO state, another format, or one that does not fit this run; nothing is
+                changed then.
         """
-        ours = state_dict.get("lordo")
-        if not isinstance(ours, dict):
-            raise ValueError(
-                "LoRDO: this optimizer state was not saved by LoRDO: start without it, or load the weights only"
-            )
-        replicas = self.sync.wire.replicas if self.sync else ours["replicas"]
-        if ours["replicas"] != replicas:
-            raise ValueError(
-                f"LoRDO: the state was saved by {ours['replicas']} replicas and this run has {replicas}: "
-                "resume with as many"
-            )
-        if ours["format"] != STATE_FORMAT:
-            raise ValueError(
-                f"LoRDO: optimizer state format {ours['format']} is not {STATE_FORMAT}: "
-                "load it with the version that saved it"
-            )
+        ours = self.check_state_dict(state_dict)
+        assert self.sync is not None
+        if ours.fragments:  # a state saved before the first step has nothing but its settings
+            for fragment, saved in self._with_saved(state_dict):
+                _load_fragment(fragment, saved)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved_group.items() if key != "params"})
+        self.restore_counters(ours.counters, ours.bytes_sent, ours.rows)
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
+        """The header of a state that can be loaded; the parameter groups must hold the stepped tensors.
+
+        Raises:
+            CheckpointError: it cannot; the message says what differs.
+        """
+        ours = Header.of(state_dict, "this optimizer state")
         if self.sync is None:
             if self.managed:
                 raise ValueError("LoRDO: load the state after deepspeed.initialize, through the engine")
             self._attach_alone()
-        assert self.sync is not None
-        names = [plan.name for plan in self.plans]
-        if ours["names"] and ours["names"] != names:
-            odd = next((pair for pair in zip(ours["names"], names, strict=False) if pair[0] != pair[1]), ("", ""))
-            raise ValueError(
-                f"LoRDO: the saved state holds {len(ours['names'])} parameters, this model {len(names)}; "
+        names, saved_names = [plan.name for plan in self.plans], [fragment.name for fragment in ours.fragments]
+        if saved_names and saved_names != names:
+            odd = next((pair for pair in zip(saved_names, names, strict=False) if pair[0] != pair[1]), ("", ""))
+            raise CheckpointError(
+                f"LoRDO: the saved state holds {len(saved_names)} parameters, this model {len(names)}; "
                 f"first difference: {odd[0]!r} against {odd[1]!r}"
             )
+        refuse_differences(ours, self.header(), "the saved state")
+        if len(state_dict.get("param_groups", ())) != len(self.param_groups):
+            raise CheckpointError(
+                f"LoRDO: the saved state has {len(state_dict.get('param_groups', ()))} parameter groups, this run "
+                f"{len(self.param_groups)}"
+            )
+        if saved_names:
+            for fragment, saved in self._with_saved(state_dict):
+                _check_saved(fragment, saved)
+        return ours
+
+    def _with_saved(self, state_dict: dict[str, Any]) -> list[tuple[Fragment, dict[str, Any]]]:
+        """Every fragment and what was saved of it."""
         # Indices count the tensors in the order of the groups, as torch's `state_dict` does.
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        pairs = [
+        return [
             (fragment, state_dict["state"].get(index, {}).get(fragment.plan.name, {}))
             for index, tensor in enumerate(tensors)
-            for fragment in self._fragments[tensor]
+            for fragment in self._fragments.get(tensor, ())
         ]
-        if ours["names"]:  # a state saved before the first step has nothing but its settings
-            for fragment, saved in pairs:
-                _check_saved(fragment, saved)
-            for fragment, saved in pairs:
-                _load_fragment(fragment, saved)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved_group.items() if key != "params"})
-        self.attempted_steps, self.executed_steps = ours["attempted_steps"], ours["executed_steps"]
+
+    def restore_counters(
+        self, counters: Counters, bytes_sent: Mapping[str, int], rows: Sequence[Sequence[float]]
+    ) -> None:
+        """Go on counting where a saved run was."""
+        assert self.sync is not None
+        self.attempted_steps, self.executed_steps = counters.attempted_steps, counters.executed_steps
         self.sync.bases.look_again()
         for name in _SYNC_COUNTERS:
-            setattr(self.sync, name, ours[name])
-        self.sync.wire.ledger.load_state_dict(ours["bytes_sent"])
-        self.sync.rows.pending = [list(row) for row in ours["rows"]]
+            setattr(self.sync, name, getattr(counters, name))
+        self.sync.wire.ledger.load_state_dict(dict(bytes_sent))
+        self.sync.rows.pending = [list(row) for row in rows]
 
 
 def _model_size(fragments: Sequence[Fragment], inside: InsideReplica) -> ModelSize:
@@ -430,22 +511,25 @@ def _model_size(fragments: Sequence[Fragment], inside: InsideReplica) -> ModelSi
     )
 
 
-def _check_saved(fragment: Fragment, saved: dict[str, Any]) -> None:
-    """Refuse by name what is missing, surplus or of another shape or dtype; nothing is changed before that."""
+def _check_saved(fragment: Fragment, saved: Any) -> None:
+    """Refuse by name what is missing, surplus or of another kind, shape or dtype; nothing is changed before that."""
     name = fragment.plan.name
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"LoRDO: the saved state of {name} is a {type(saved).__name__}: it is damaged")
     for key in sorted(fragment.state.keys() ^ saved.keys()):
         where = "no" if key in fragment.state else "a surplus"
-        raise ValueError(f"LoRDO: the saved state of {name} has {where} {key!r}: was it saved with other settings?")
+        raise CheckpointError(
+            f"LoRDO: the saved state of {name} has {where} {key!r}: was it saved with other settings?"
+        )
     for key, current in fragment.state.items():
         value = saved[key]
-        if not isinstance(current, Tensor):
-            continue
-        if not isinstance(value, Tensor) or value.shape != current.shape or value.dtype != current.dtype:
+        if isinstance(current, Tensor):
+            wanted = f"{tuple(current.shape)} {current.dtype}"
             found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"LoRDO: {key!r} of {name} is {found} in the saved state and "
-                f"{tuple(current.shape)} {current.dtype} here"
-            )
+        else:
+            wanted, found = type(current).__name__, type(value).__name__
+        if found != wanted:
+            raise CheckpointError(f"LoRDO: {key!r} of {name} is {found} in the saved state and {wanted} here")
 
 
 def _load_fragment(fragment: Fragment, saved: dict[str, Any]) -> None:

@@ -74,6 +74,7 @@ def status_of(hook: RunHandle) -> dict[str, Any]:
         "syncs": sync.syncs,
         "syncs_with_replicas_left_out": sync.left_out_syncs,
         "nonfinite_syncs_in_a_row": sync.nonfinite_syncs,
+        "syncs_left_out_by_replica": list(sync.faults.left_out),
         **asdict(optimizer.model_size),
         "state_bytes": state_bytes(optimizer),
         "border_copy_bytes": border_copy_bytes(optimizer),

@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import DistributedSampler
 
 from lordo_ds.adapters.hook import EngineHook, hook
+from lordo_ds.adapters.reshape import load_reshaped
 from lordo_ds.adapters.zero_init import zero_init_group
 from lordo_ds.status import status_of
 
@@ -39,7 +40,19 @@ def save_checkpoint(engine: Any, save_dir: str, tag: str | None = None, **option
     return bool(engine.save_checkpoint(save_dir, tag=tag, **options))
 
 
-def load_checkpoint(engine: Any, load_dir: str, tag: str | None = None, **options: Any) -> tuple[str | None, Any]:
-    """`engine.load_checkpoint` of what `save_checkpoint` wrote."""
-    _require_hook(engine)
-    return engine.load_checkpoint(load_dir, tag=tag, **options)
+def load_checkpoint(
+    engine: Any, load_dir: str, tag: str | None = None, *, reshape: bool = False, **options: Any
+) -> tuple[str | None, Any]:
+    """`engine.load_checkpoint` of what `save_checkpoint` wrote.
+
+    Args:
+        reshape: load what was saved with another number of replicas or shards, ZeRO stage, TP or PP size, precision or
+            rank, or a portable checkpoint; exact, but for a number of replicas that changes between syncs (they start
+            from the mean) and a rank that changes. Random generators go on only where the replicas are as many.
+    """
+    found = _require_hook(engine)
+    if not reshape:
+        return engine.load_checkpoint(load_dir, tag=tag, **options)
+    if options:
+        raise ValueError(f"LoRDO: load_checkpoint(reshape=True) takes no {sorted(options)[0]!r}: leave it out")
+    return load_reshaped(engine, found.groups, load_dir, tag)

@@ -18,6 +18,7 @@ from lordo_ds.adapters.checkpoints import keep_replicas_apart
 from lordo_ds.adapters.equalise import equalise_untrained
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
+from lordo_ds.adapters.saved_files import tell_header
 from lordo_ds.adapters.support import check_engine
 from lordo_ds.adapters.zero import (
     flat_tensors,
@@ -114,6 +115,7 @@ class EngineHook(RunHandle):
         tied = _tied_weights({facts[p].name: ranks for p, ranks in tied_copies(engine.module)}, inside.shard)
         with stepped_tensors_in_groups(engine):
             self.optimizer.attach(flats, wire, inside, tied)
+        tell_header(engine, groups, facts, trained)
         refresh_low_precision(engine)
 
     # -- what users and the training script read -----------------------------------------------------
@@ -166,6 +168,7 @@ class EngineHook(RunHandle):
             @functools.wraps(destroy)
             def release() -> None:
                 _live.discard(engine)
+                hook.optimizer.watchdog.stop()
                 if deepspeed_groups.mpu is engine.mpu:
                     deepspeed_groups.mpu = None
                 if is_pipeline(engine):
@@ -183,7 +186,7 @@ class EngineHook(RunHandle):
             ("offload_states", ("include", "device"), _refuse_offload_states),
         ):
             replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
-        keep_replicas_apart(engine, self.replica_index, self.replicas, hook._restart_from_weights, DEEPSPEED_VERSION)
+        keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
         stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
         if is_pipeline(engine):
             replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION)

@@ -165,7 +165,7 @@ def _leading_left_space(
     if significant == rank:
         return leading.contiguous(), ""
     note = f"only {significant} of {rank} directions are significant; filled up from the previous basis"
-    return _fill_up(leading, previous, rank), note
+    return fill_up(leading, previous, rank), note
 
 
 def _power(
@@ -203,7 +203,7 @@ def _remove(columns: Tensor, basis: Tensor | None) -> Tensor:
     return columns if basis is None else columns - basis @ (basis.mT @ columns)
 
 
-def _fill_up(leading: Tensor, previous: Tensor | None, rank: int) -> Tensor:
+def fill_up(leading: Tensor, previous: Tensor | None, rank: int) -> Tensor:
     """Extend orthonormal columns (s, k) to (s, rank) with columns of the previous basis, then of the identity."""
     size = leading.shape[-2]
     identity = torch.eye(size, dtype=leading.dtype, device=leading.device)

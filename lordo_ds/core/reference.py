@@ -7,6 +7,7 @@ for a replica that skips the step.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ class Reference:
         self.config, self.plans, self.weights = config, plans, weights
         self.M, self.n = len(weights), 0
         self.own_basis = self.M == 1 or config.projection == "local"
+        self.doubtful: set[int] = set()
         self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
         self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
         self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
@@ -38,8 +40,16 @@ class Reference:
             state |= {"E": like.new_zeros(s, l), "row": like.new_zeros(s), "col": like.new_zeros(l)}
         return state
 
-    def step(self, gradients: list[dict[str, Tensor] | None], lr: float | None = None) -> SyncPlan:
-        """One attempted step on every replica, and the sync that it ends in if one is due."""
+    def step(
+        self,
+        gradients: list[dict[str, Tensor] | None],
+        lr: float | None = None,
+        losses: list[float] | None = None,
+    ) -> SyncPlan:
+        """One attempted step on every replica, and the sync that it ends in if one is due.
+
+        A loss that is not finite, of a step that was executed, keeps its replica out of the next sync.
+        """
         self.n += 1
         plan = sync_plan(self.config, self.n)
         executed = {m: G for m, G in enumerate(gradients) if G is not None}
@@ -59,6 +69,7 @@ class Reference:
                     )
         if plan.due:
             self._sync(plan, gradients)
+        self.doubtful |= {m for m in executed if losses and not math.isfinite(losses[m])}
         return plan
 
     def _bases_before(self, p: ParameterPlan, plan: SyncPlan, gradients: dict[int, Tensor], finite: list[int]) -> None:
@@ -126,9 +137,12 @@ class Reference:
         """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
         # One replica with plain averaging keeps no anchor to return to.
         alone = self.M == 1 and self.config.outer.is_plain_average
-        finite = [m for m in range(self.M) if alone or self._is_finite(m)]
+        finite = [m for m in range(self.M) if alone or (self._is_finite(m) and m not in self.doubtful)]
+        self.doubtful.clear()
+        if len(finite) < self.config.least_participants(self.M):
+            finite = []
         for p in self.plans:
-            if not finite:  # nobody to learn from: back to the anchor, with fresh moments in the old basis
+            if not finite:  # too few to learn from: back to the anchor, with fresh moments in the old basis
                 for m in range(self.M):
                     self.weights[m][p.name].copy_(self.anchor[p.name])
                     self.state[m][p.name] |= {k: v for k, v in self._zeros(p).items() if k != "Q"}

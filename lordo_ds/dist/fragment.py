@@ -62,7 +62,7 @@ class Fragment:
         tied_copy: bool = False,
     ) -> None:
         self.plan, self.inside, self.comm, self.state, self.group = plan, inside, inside.shard, state, group
-        self._tensor, self._offset = tensor, offset
+        self._tensor, self.offset, self.tied_copy = tensor, offset, tied_copy
         # Copies on several tensor indices or pipeline stages are stepped alike; one of them counts.
         self.duplicated = inside.tensor.size > 1 and plan.partitions == 1
         self.counts = not tied_copy and (not self.duplicated or inside.tensor.index == 0)
@@ -91,11 +91,11 @@ class Fragment:
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """This fragment's elements of a tensor laid out like the one that is stepped: (numel,)."""
-        return tensor.reshape(-1)[self._offset : self._offset + self.numel]
+        return tensor.reshape(-1)[self.offset : self.offset + self.numel]
 
     @property
     def weight(self) -> Tensor:
-        return self._tensor.detach().view(-1)[self._offset : self._offset + self.numel]
+        return self._tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
     @property
     def steps_whole_parameter(self) -> bool:

@@ -17,11 +17,12 @@ from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.dist.bases import Bases
 from lordo_ds.dist.checksum import checksum
 from lordo_ds.dist.copies import TensorCopies, TiedCopies, TiedWeight
+from lordo_ds.dist.faults import Faults
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
 from lordo_ds.dist.moments import common_moments_, republish_
-from lordo_ds.dist.report import RowAverager, SyncReport, all_finite
+from lordo_ds.dist.report import RowAverager, SyncReport
 from lordo_ds.dist.wire import ReplicaWire, SyncError
 
 logger = logging.getLogger("lordo_ds")
@@ -49,6 +50,7 @@ class OuterSync:
     ) -> None:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
         self.bases = Bases(config, items, wire, inside)
+        self.faults = Faults(config, items, wire, inside)
         self.tensor_copies, self.tied_copies = TensorCopies(items, inside.tensor), TiedCopies(items, tied)
         self.buckets = [self.items[a:b] for a, b in bucket_bounds([i.plan.numel for i in self.items], bucket_numel)]
         self.syncs = 0
@@ -117,21 +119,23 @@ class OuterSync:
             The executed steps of the replica that executed most; every replica takes it over.
 
         Raises:
-            SyncError: the replicas differ where they must not, or none was finite too many times in a row.
+            SyncError: the replicas differ where they must not, or too few were finite too many times in a row.
         """
         began, sent_before = time.perf_counter(), self.wire.ledger.total_bytes
         header = self._exchange_header(step, executed_steps, executed_now)
         finite = header[:, 2].bool().tolist()
-        participants = [m for m, ok in enumerate(finite) if ok]
+        participants = self.faults.participants(finite, step)
         report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
         self.rows.reduce(self.wire, self.inside)
         common_executed = int(header[participants or slice(None), 3].max())
         if participants:
             self.nonfinite_syncs = 0
+            self.left_out_syncs += not all(finite)
             shares: tuple[float, ...] = self._sync_participants(plan, step, header, participants)
         else:
             shares = (0.0, 0.0, 0.0, 0.0)
-            self._return_to_anchor(report)
+            self.nonfinite_syncs += 1
+            self.faults.return_to_anchor_(report, sum(finite), self.nonfinite_syncs)
         self.syncs += 1
         self.last_synced_step = step
         self._finish(plan, report, shares)
@@ -142,7 +146,7 @@ class OuterSync:
     def _exchange_header(self, step: int, executed_steps: int, executed_now: bool) -> Tensor:
         # One replica that keeps no anchor has nothing to return to: like AdamW, it goes on.
         can_return = self.wire.replicas > 1 or not self.config.outer.is_plain_average
-        finite = not can_return or not self.inside.any_rank(not self._is_finite())
+        finite = not can_return or self.faults.replica_is_finite()
         shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
         fields = [step, len(self.rows.pending), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
         assert len(fields) == _HEADER_FIELDS
@@ -154,13 +158,6 @@ class OuterSync:
                 f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
             )
         return header
-
-    def _is_finite(self) -> bool:
-        tensors = [item.weight for item in self.items]
-        for item in self.items:
-            tensors += [tensor for _, tensor, _ in item.moments()]
-            tensors += [item.error] if item.error is not None else []
-        return all_finite(tensors)
 
     def _sync_participants(
         self, plan: SyncPlan, step: int, header: Tensor, participants: list[int]
@@ -193,7 +190,7 @@ class OuterSync:
                 self.tensor_copies.republish_(bucket)
         if self.wire.replicas > 1:
             self.tied_copies.republish_(moments=self.config.average_dense_moments)
-        self._reseed(participants, takes_part, step)
+        self.faults.reseed_(participants, step)
         return own_norm, mean_norm, *overlaps
 
     def _mean_pseudo_gradients(
@@ -243,51 +240,6 @@ class OuterSync:
         if self.wire.index in gives_gradient and item.gradient is not None:
             matrix.copy_(item.gradient)
         return self.wire.sum_(matrix, "gradient").div_(max(1, len(gives_gradient)))
-
-    def _reseed(self, participants: list[int], takes_part: bool, step: int) -> None:
-        """Give replicas that were left out the basis and moments of the first participant."""
-        if len(participants) == self.wire.replicas:
-            return
-        left_out = sorted(set(range(self.wire.replicas)) - set(participants))
-        self.left_out_syncs += 1
-        logger.warning(
-            "LoRDO: replicas %s were not finite at step %d: left out of this sync and reseeded", left_out, step
-        )
-        donor = participants[0]
-        for item in self.items:
-            tensors = [tensor for _, tensor, _ in item.moments()]
-            tensors += [item.state["basis"]] if item.plan.low_rank else []
-            for tensor in tensors:
-                received = tensor if not takes_part else tensor.clone()
-                self.wire.broadcast_(received, "reseed", donor)
-            if not takes_part and item.plan.low_rank:
-                any_basis = self.inside.shard.max_(item.basis.new_tensor([float(item.basis.any())]), "flags")
-                item.state["has_basis"] = bool(any_basis[0])
-                if "error" in item.state:
-                    item.state["error"].zero_()
-
-    def _return_to_anchor(self, report: SyncReport) -> None:
-        """No replica is finite: all go back to the anchor with fresh moments, or the run stops."""
-        report.returned_to_anchor = True
-        self.nonfinite_syncs += 1
-        limit = self.config.max_nonfinite_syncs
-        logger.warning(
-            "LoRDO: no replica is finite at step %d (%d in a row): back to the anchor",
-            report.step,
-            self.nonfinite_syncs,
-        )
-        if self.nonfinite_syncs >= limit:
-            raise SyncError(
-                f"LoRDO: no replica was finite at {limit} syncs in a row, the last at step {report.step}: "
-                "lower the learning rate, or resume from a checkpoint before it"
-            )
-        for item in self.items:
-            item.weight.copy_(item.state["anchor"])
-            for _, tensor, _ in item.moments():
-                tensor.zero_()
-            if "error" in item.state:
-                item.state["error"].zero_()
-            item.state["step"] = 0
 
     def _finish(self, plan: SyncPlan, report: SyncReport, shares: tuple[float, ...]) -> None:
         """Prove that the replicas are equal, and average what the report says of them.

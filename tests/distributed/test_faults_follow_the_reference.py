@@ -1,9 +1,10 @@
-"""Skipped steps and non-finite gradients, under settings drawn at random: two replicas follow `reference.py`."""
+"""Skipped steps, non-finite gradients and losses, under settings drawn at random: replicas follow `reference.py`."""
 
 from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from lordo_ds import LoRDO, LordoConfig
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
+from lordo_ds.dist.wire import SyncError
 from tests import problems
 from tests.ranks import run_ranks
 
@@ -23,7 +25,7 @@ OUTERS: list[dict[str, Any]] = [
     {"lr": 0.7, "momentum": 0.7},
     {"lr": 0.5, "momentum": 0.3, "nesterov": False},
 ]
-Faults = set[tuple[int, int]]  # (attempted step, replica)
+Faults = AbstractSet[tuple[int, int]]  # (attempted step, replica)
 
 
 def drawn_settings(draw: random.Random) -> dict[str, Any]:
@@ -45,14 +47,20 @@ def drawn_settings(draw: random.Random) -> dict[str, Any]:
         "average_dense_moments": draw.choice([True, False]),
         "outer": draw.choice(OUTERS),
         "max_nonfinite_syncs": 99,
+        "max_left_out_syncs": "never",
+        "min_participants": draw.choice(["1/2", 1, 2]),
     }
     if settings["basis_source"] == "complement" and settings["qh_mode"] in ("low_rank", "none"):
         settings["qh_mode"] = "full_rank"
     return settings
 
 
-def first_difference(settings: dict[str, Any], skips: Faults, nans: Faults) -> str:
-    """Where this rank first leaves the reference, "" if nowhere. Skipping is what an fp16 overflow does."""
+def first_difference(settings: dict[str, Any], skips: Faults, nans: Faults, losses: Faults = frozenset()) -> str:
+    """Where this rank first leaves the reference, "" if nowhere. Skipping is what an fp16 overflow does.
+
+    Args:
+        losses: where the loss is not finite, and nothing else.
+    """
     replica, replicas = dist.get_rank(), dist.get_world_size()
     named = [(name, torch.nn.Parameter(w)) for name, w in problems.initial_weights(DTYPE).items()]
     optimizer = LoRDO(named, **settings)
@@ -73,7 +81,10 @@ def first_difference(settings: dict[str, Any], skips: Faults, nans: Faults) -> s
                 parameter.grad = gradients[replica][name].clone()
             optimizer.step()
         optimizer.end_attempt()
-        reference.step(gradients)
+        step_losses = [float("inf") if (step, m) in losses else 1.0 for m in range(replicas)]
+        if optimizer.last_attempt_executed:
+            optimizer.sync.faults.note_loss(step_losses[replica], step)
+        reference.step(gradients, losses=step_losses)
         for name, parameter in named:
             ours, theirs = parameter.detach(), reference.weights[replica][name]
             if not torch.allclose(ours, theirs, rtol=0, atol=1e-6, equal_nan=True):
@@ -94,7 +105,9 @@ def differences_of_draws(seeds: range) -> dict[str, str]:
         everywhere = [(step, m) for step in range(1, STEPS + 1) for m in range(dist.get_world_size())]
         skips = {place for place in everywhere if draw.random() < 0.25}
         nans = {place for place in everywhere if seed % 2 and draw.random() < 0.12}
-        found[f"{settings}, skips {sorted(skips)}, nans {sorted(nans)}"] = first_difference(settings, skips, nans)
+        losses = {place for place in everywhere if seed % 3 == 0 and draw.random() < 0.12}
+        what = f"{settings}, skips {sorted(skips)}, nans {sorted(nans)}, losses {sorted(losses)}"
+        found[what] = first_difference(settings, skips, nans, losses)
     return found
 
 
@@ -103,6 +116,67 @@ def test_skips_and_non_finite_gradients_under_settings_drawn_at_random_follow_th
     for differences in run_ranks(differences_of_draws, 2, seeds=range(24), timeout_s=240):
         for what, difference in differences.items():
             assert not difference, f"{difference}, with {what}"
+
+
+@pytest.mark.distributed
+def test_three_replicas_under_faults_drawn_at_random_follow_the_reference() -> None:
+    """One finite replica of three is fewer than half of them: no average then."""
+    for differences in run_ranks(differences_of_draws, 3, seeds=range(100, 112), timeout_s=240):
+        for what, difference in differences.items():
+            assert not difference, f"{difference}, with {what}"
+
+
+def counts_and_end(settings: dict[str, Any], nans: Faults, losses: Faults) -> dict[str, Any]:
+    """How often each replica was left out, and what stopped the run."""
+    logging.getLogger("lordo_ds").setLevel(logging.CRITICAL)
+    torch.set_num_threads(1)
+    replica = dist.get_rank()
+    named = [(name, torch.nn.Parameter(w)) for name, w in problems.initial_weights(DTYPE).items()]
+    optimizer = LoRDO(named, **{"lr": 1e-2, "eps": 1e-2, "rank": 2, "sync_interval": 1, **settings})
+    error = ""
+    for step in range(1, STEPS + 1):
+        scale = float("nan") if (step, replica) in nans else 1.0
+        for name, parameter in named:
+            parameter.grad = scale * problems.gradients(step, replica, DTYPE)[name]
+        try:
+            optimizer.step()
+        except SyncError as raised:
+            error = str(raised)
+            break
+        optimizer.sync.faults.note_loss(float("nan") if (step, replica) in losses else 1.0, step)
+    weights = [parameter.detach().clone() for _, parameter in named]
+    return {"left_out": optimizer.sync.faults.left_out, "step": step, "error": error, "weights": weights}
+
+
+@pytest.mark.distributed
+def test_a_replica_left_out_too_often_in_a_row_stops_the_run_by_name() -> None:
+    nans = {(step, 1) for step in (2, 3, 5, 6, 7)}
+    for found in run_ranks(counts_and_end, 2, {"max_left_out_syncs": 3}, nans, set(), timeout_s=60):
+        assert found["step"] == 7 and found["left_out"] == [0, 5]
+        assert "replica 1 was not finite at 3 syncs in a row, the last at step 7" in found["error"]
+    for found in run_ranks(counts_and_end, 2, {"max_left_out_syncs": "never"}, nans, set(), timeout_s=60):
+        assert not found["error"] and found["step"] == STEPS
+
+
+@pytest.mark.distributed
+def test_too_few_finite_replicas_stop_the_run_with_the_reason() -> None:
+    nans = {(step, m) for step in (4, 5) for m in (0, 2)}
+    settings = {"min_participants": 2, "max_nonfinite_syncs": 2}
+    for found in run_ranks(counts_and_end, 3, settings, nans, set(), timeout_s=60):
+        assert found["step"] == 5 and found["left_out"] == [2, 0, 2]
+        assert "only 1 of 3 replicas was finite at 2 syncs in a row" in found["error"]
+        assert "min_participants = 2" in found["error"]
+
+
+@pytest.mark.distributed
+def test_a_loss_that_is_not_finite_keeps_its_replica_out_of_one_sync() -> None:
+    """Its state is finite, and yet nobody learns from it; all replicas end equal."""
+    ends = run_ranks(counts_and_end, 2, {}, set(), {(3, 1)}, timeout_s=60)
+    others = run_ranks(counts_and_end, 2, {}, set(), set(), timeout_s=60)
+    for found, other in zip(ends, others, strict=True):
+        assert found["left_out"] == [0, 1] and not found["error"]
+        assert all(torch.equal(a, b) for a, b in zip(found["weights"], ends[0]["weights"], strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(found["weights"], other["weights"], strict=True))
 
 
 @pytest.mark.distributed

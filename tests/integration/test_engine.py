@@ -485,7 +485,7 @@ def test_resume_is_bitwise_before_at_and_after_a_sync(
     for differences in run_ranks(save_and_resume, 2, str(tmp_path), dtype, optimizer, at):
         assert set(differences.values()) == {0.0}, differences
     tag = tmp_path / f"global_step{at}"
-    assert sorted(p.name for p in tag.iterdir()) == ["replica_0", "replica_1"]
+    assert sorted(p.name for p in tag.iterdir()) == ["complete.json", "ranks.pt", "replica_0", "replica_1"]
     assert (tmp_path / "latest").read_text().strip() == tag.name
 
 

@@ -176,7 +176,7 @@ def test_every_replica_has_a_folder_inside_the_tag(home: Path, trained: Runs, st
     checkpoint = home / f"lordo-zero{stage}-by{replica_size}" / f"checkpoint-{SAVED_AT}"
     tag = f"global_step{SAVED_AT}"
     assert (checkpoint / "latest").read_text() == tag
-    folders = sorted((checkpoint / tag).iterdir())
+    folders = sorted((checkpoint / tag).glob("replica_*"))
     assert [folder.name for folder in folders] == [f"replica_{m}" for m in range(RANKS // replica_size)]
     for folder in folders:
         assert len(list(folder.glob("*_optim_states.pt"))) == replica_size

@@ -368,6 +368,6 @@ def test_overlap_is_the_mean_squared_cosine_between_the_spaces() -> None:
 def test_filling_up_keeps_the_leading_columns_and_skips_candidates_they_already_span() -> None:
     leading = torch.eye(5, 2, dtype=torch.float64)
     previous = torch.stack([leading[:, 0], leading @ torch.tensor([0.6, 0.8]).double(), torch.eye(5).double()[:, 4]])
-    filled = basis_module._fill_up(leading, previous.mT, 4)
+    filled = basis_module.fill_up(leading, previous.mT, 4)
     assert torch.equal(filled[:, :2], leading)
     assert torch.allclose(filled[:, 2:], torch.eye(5, dtype=torch.float64)[:, [4, 2]])

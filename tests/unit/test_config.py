@@ -94,6 +94,15 @@ ILLEGAL: list[tuple[dict[str, Any], str, Any]] = [
     ({"sync_warmup_steps": -1}, "sync_warmup_steps", -1),
     ({"sync_warmup_steps": 1.5}, "sync_warmup_steps", 1.5),
     ({"max_nonfinite_syncs": 0}, "max_nonfinite_syncs", 0),
+    ({"max_left_out_syncs": 0}, "max_left_out_syncs", 0),
+    ({"max_left_out_syncs": "nevr"}, "max_left_out_syncs", "nevr"),
+    ({"min_participants": 0}, "min_participants", 0),
+    ({"min_participants": "3/2"}, "min_participants", "3/2"),
+    ({"min_participants": "half"}, "min_participants", "half"),
+    ({"min_participants": 0.5}, "min_participants", 0.5),
+    ({"sync_timeout_s": 0}, "sync_timeout_s", 0),
+    ({"sync_timeout_s": INF}, "sync_timeout_s", INF),
+    ({"sync_timeout_s": "10 min"}, "sync_timeout_s", "10 min"),
 ]
 
 

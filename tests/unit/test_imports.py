@@ -13,11 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = (
     "lordo_ds.config",
     "lordo_ds.core",
+    "lordo_ds.checkpoint",
     "lordo_ds.dist",
     "lordo_ds.optimizer",
     "lordo_ds.handle",
     "lordo_ds.status",
     "lordo_ds.adapters",
+    "lordo_ds.cli",
 )
 
 # Outside module -> the parts of this repository that may import it, at any depth and in any function.

@@ -1,0 +1,194 @@
+"""Loads any saved run into an engine of any layout: every rank cuts its own parts out of whole parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lordo_ds.adapters.agreement import agreed
+from lordo_ds.adapters.checkpoints import common_tag, restore_rank
+from lordo_ds.adapters.saved_files import saved_buffers
+from lordo_ds.adapters.zero import refresh_low_precision, stepped_tensors_in_groups
+from lordo_ds.checkpoint.files import verify
+from lordo_ds.checkpoint.layout import CheckpointError, Header
+from lordo_ds.checkpoint.native import NativeRun, replica_numbers
+from lordo_ds.checkpoint.open import open_run
+from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, cut
+from lordo_ds.checkpoint.portable import is_portable
+from lordo_ds.checkpoint.reshape import ReshapedRun, check_settings, with_rank
+from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
+from lordo_ds.core.grouping import model_facts
+from lordo_ds.core.slices import cut_slice
+from lordo_ds.dist.fragment import Fragment
+from lordo_ds.dist.groups import ReplicaGroups
+from lordo_ds.optimizer import LoRDO
+
+logger = logging.getLogger("lordo_ds")
+
+
+def load_reshaped(
+    engine: Any, groups: ReplicaGroups, load_dir: str | Path, tag: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Load a checkpoint of any replica count, shard count, ZeRO stage, TP, PP, precision and rank. Collective.
+
+    Everything is checked on all ranks before anything is changed.
+
+    Returns:
+        (its directory, the client state that one of its replicas saved).
+
+    Raises:
+        CheckpointError: it is not complete, damaged, or of another model.
+    """
+    folder = Path(load_dir)
+    if tag is not None or not (is_portable(folder) or replica_numbers(folder)):
+        found = common_tag(load_dir, tag)
+        if found is None:
+            raise CheckpointError(f"LoRDO: {load_dir} holds no checkpoint: neither `latest` nor replica_0; give tag=")
+        folder = folder / found
+    optimizer: LoRDO = engine.basic_optimizer
+    with stepped_tensors_in_groups(engine):
+        here = optimizer.header()
+    agreed(lambda: verify(folder, dist.get_rank(), dist.get_world_size()))
+    run = agreed(lambda: ReshapedRun(open_run(folder, check=False), groups.layout.replica_count))
+    names: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(names, [fragment.name for fragment in here.fragments])
+    known = {name for of_rank in names for name in of_rank}
+    agreed(lambda: _check(run, here, known, folder))
+    agreed(lambda: [run.check_state(layout.name, groups.replica_index) for layout in here.fragments])
+    state = agreed(lambda: run.engine_state(groups.replica_index))
+    with stepped_tensors_in_groups(engine):
+        _fill_optimizer(optimizer, run, here, groups.replica_index)
+        _fill_groups(optimizer, state)
+    optimizer.restore_counters(run.counters(groups.replica_index), run.bytes_sent(groups.replica_index), run.rows())
+    _fill_untrained(engine, groups, run)
+    _fill_engine(engine, state)
+    refresh_low_precision(engine)
+    if isinstance(run.run, NativeRun):
+        restore_rank(folder, groups, optimizer)
+    if engine.global_rank == 0:
+        for note in run.notes:
+            logger.warning("LoRDO: %s: %s", folder, note)
+    return str(folder), dict(state.client_state)
+
+
+# -- checks ------------------------------------------------------------------------------------------
+
+
+def _check(run: SavedRun, here: Header, known: set[str], folder: Path) -> None:
+    """Refuse what is not this model, or cannot become this run.
+
+    Args:
+        known: the parameters of all ranks together.
+    """
+    check_settings(run.settings, here.settings, str(folder))
+    surplus = sorted(set(run.parameters) - known)
+    if surplus:
+        raise CheckpointError(
+            f"LoRDO: {folder} holds {len(run.parameters)} parameters, this model {len(known)}: "
+            f"{surplus[0]!r} is not in it"
+        )
+    for layout in here.fragments:
+        saved = run.parameters.get(layout.name)
+        if saved is None:
+            raise CheckpointError(
+                f"LoRDO: {folder} holds {len(run.parameters)} parameters, this model {len(known)}: "
+                f"{layout.name!r} is not saved"
+            )
+        for what, theirs, ours in (
+            ("shape", saved.shape, layout.whole_shape),
+            ("projection", saved.low_rank, layout.low_rank),
+            ("side of the basis", saved.side, layout.side),
+        ):
+            if theirs != ours:
+                raise CheckpointError(
+                    f"LoRDO: {folder}: {what} of {layout.name}: saved {theirs!r}, this run {ours!r}: give the model "
+                    "and optimizer.params.low_rank that it was saved with"
+                )
+
+
+# -- filling -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _fill_optimizer(optimizer: LoRDO, run: ReshapedRun, here: Header, replica: int) -> None:
+    assert optimizer.sync is not None
+    layouts = {layout.name: layout for layout in here.fragments}
+    for fragment in optimizer.sync.items:
+        layout = layouts[fragment.plan.name]
+        state = run.state(layout.name, replica)
+        if layout.low_rank:
+            wanted = SavedParameter(layout.name, layout.whole_shape, True, layout.side, layout.rank)
+            state = with_rank(state, wanted)
+        _fill_fragment(fragment, state, Place(layout, fragment.intervals, here.mesh.shard, here.mesh.slice))
+
+
+def _fill_fragment(fragment: Fragment, state: State, place: Place) -> None:
+    """Weights and state of one fragment; what was not saved starts anew."""
+    fragment.weight.copy_(cut("weight", state["weight"], place))
+    for key, current in fragment.state.items():
+        if key in PLAIN_VALUES:
+            fragment.state[key] = PLAIN_VALUES[key](state.get(key, 0))
+        elif key in state:
+            current.copy_(cut(key, state[key], place))
+        elif key == "anchor":  # a single replica may have kept none
+            current.copy_(fragment.weight)
+        else:
+            current.zero_()
+    fragment.gradient = fragment.settings = None
+
+
+def _fill_groups(optimizer: LoRDO, state: EngineState) -> None:
+    """Learning rates and the like, as far as the groups are the same ones."""
+    if len(state.param_groups) == len(optimizer.param_groups):
+        for group, saved in zip(optimizer.param_groups, state.param_groups, strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+@torch.no_grad()
+def _fill_untrained(engine: Any, groups: ReplicaGroups, run: SavedRun) -> None:
+    """Frozen parameters and buffers."""
+    saved = run.untrained(groups.replica_index)
+    if not saved:
+        return
+    slice_index = dist.get_rank(groups.tensor)
+    for parameter, fact in model_facts(engine.module, groups.tensor_size).items():
+        if fact.name in saved:
+            dim = fact.partition_dim if fact.partitions > 1 else None
+            whole = cut_slice(saved[fact.name], dim, fact.partition_stride, slice_index, fact.partitions)
+            _fill_frozen(parameter, whole, groups)
+    for name, buffer in saved_buffers(engine.module).items():
+        if name in saved and saved[name].shape == buffer.shape:
+            buffer.copy_(saved[name])
+
+
+def _fill_frozen(parameter: Any, whole: Tensor, groups: ReplicaGroups) -> None:
+    """At stage 3 it is the partition that is kept; a gathered copy is stale until the next refresh."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        parameter.data.copy_(whole)
+        return
+    size, flat = partition.numel(), whole.reshape(-1)
+    mine = flat[groups.shard_index * size : (groups.shard_index + 1) * size]
+    partition.data.view(-1)[: mine.numel()].copy_(mine)
+
+
+def _fill_engine(engine: Any, state: EngineState) -> None:
+    engine.global_steps, engine.skipped_steps = state.global_steps, state.skipped_steps
+    engine.global_samples = state.global_samples
+    if engine.lr_scheduler is not None and state.lr_scheduler is not None:
+        engine.lr_scheduler.load_state_dict(state.lr_scheduler)
+    scaler = getattr(engine.optimizer, "loss_scaler", getattr(engine.optimizer, "loss_scale_config", None))
+    if scaler is not None and engine.fp16_enabled():
+        _fill_scaler(scaler, state.loss_scale)
+
+
+def _fill_scaler(scaler: Any, saved: Mapping[str, float | int]) -> None:
+    for name, value in saved.items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)

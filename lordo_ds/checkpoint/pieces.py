@@ -1,0 +1,171 @@
+"""The state of a whole parameter, from the parts that shards and tensor slices keep of it, and back.
+
+It is kept in four ways:
+
+    weight, anchor, outer_momentum, error      one value per element; of dense parameters the moments too
+    exp_avg, exp_avg_sq (r, l)                 by columns: those of the elements a shard holds, or an equal share
+    col_mean_sq (l,)                           likewise
+    basis (s, r), row_mean_sq (s,)             by rows of the basis; equal on all tensor slices, which cut l
+
+r is the rank, s the side of the basis, l the other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lordo_ds.checkpoint.layout import CheckpointError, FragmentLayout
+from lordo_ds.core.fragments import Interval, MatrixShards
+from lordo_ds.core.slices import cut_slice, join_slices
+
+State = dict[str, Any]
+_BY_COLUMNS = {"exp_avg": 1, "exp_avg_sq": 1, "col_mean_sq": 0}  # which dimension l is
+_BY_BASIS_ROWS = ("basis", "row_mean_sq")
+PLAIN_VALUES: dict[str, type] = {"step": int, "has_basis": bool}
+REQUIRED = ("step", "exp_avg", "exp_avg_sq")
+REQUIRED_OF_MATRICES = (*REQUIRED, "basis", "has_basis")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one rank keeps its part of a parameter: `intervals` of all shards, tensor slice `slice`."""
+
+    layout: FragmentLayout
+    intervals: tuple[Interval, ...]
+    shard: int = 0
+    slice: int = 0
+
+    @property
+    def numel(self) -> int:
+        return int(torch.Size(self.layout.shape).numel())
+
+    @property
+    def shards(self) -> MatrixShards:
+        rows, columns = self.layout.shape
+        return _shards((rows, columns), self.layout.side == "rows", self.intervals)
+
+    def span(self, key: str) -> tuple[int, int, int]:
+        """(dimension, start, stop) of the slice's tensor that this shard keeps; flat elements are dimension -1."""
+        if not self.layout.low_rank or key not in (*_BY_COLUMNS, *_BY_BASIS_ROWS):
+            return -1, *self.intervals[self.shard]
+        if key in _BY_COLUMNS:
+            return _BY_COLUMNS[key], *self.shards.moment_columns(self.shard)
+        first, last = self.shards.rows(self.shard)
+        if not self.shards.basis_on_rows:
+            first, last = 0, self.layout.shape[1] if last > first else 0
+        return 0, first, last
+
+    def slice_shape(self, key: str) -> tuple[int, ...]:
+        """Of what all shards of this tensor slice keep together."""
+        layout = self.layout
+        if not layout.low_rank or key not in (*_BY_COLUMNS, *_BY_BASIS_ROWS):
+            return layout.shape
+        other, side = layout.shape if layout.side == "columns" else layout.shape[::-1]
+        return {
+            "col_mean_sq": (other,), "row_mean_sq": (side,), "basis": (side, layout.rank),
+        }.get(key, (layout.rank, other))  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _shards(shape: tuple[int, int], basis_on_rows: bool, intervals: tuple[Interval, ...]) -> MatrixShards:
+    try:
+        return MatrixShards(shape, basis_on_rows, intervals)
+    except ValueError as error:
+        raise CheckpointError(f"LoRDO: {error}: the checkpoint is damaged") from None
+
+
+def part_shape(key: str, place: Place) -> tuple[int, ...]:
+    """Of what one rank keeps under that name."""
+    dim, start, stop = place.span(key)
+    shape = list(place.slice_shape(key))
+    if dim < 0:
+        return (stop - start,)
+    shape[dim] = stop - start
+    return tuple(shape)
+
+
+def check_part(saved: Mapping[str, Any], place: Place, where: str) -> None:
+    """Refuse a rank's saved state that lacks something, or has something of another size. Reads no tensor.
+
+    Raises:
+        CheckpointError: naming the parameter and the entry.
+    """
+    layout = place.layout
+    for key in REQUIRED_OF_MATRICES if layout.low_rank else REQUIRED:
+        if key not in saved:
+            raise CheckpointError(f"LoRDO: {where}: the state of {layout.name} has no {key!r}: it is damaged")
+    for key, value in saved.items():
+        if key in PLAIN_VALUES:
+            if type(value) is not PLAIN_VALUES[key]:
+                raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is {value!r}: it is damaged")
+            continue
+        wanted = part_shape(key, place)
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        if not isinstance(value, Tensor) or value.numel() != torch.Size(wanted).numel():
+            raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is {found}, not {wanted}: it is damaged")
+
+
+def slicing_dim(key: str, layout: FragmentLayout) -> int | None:
+    """Along which dimension tensor parallelism cuts the whole tensor of that name; None: every slice has all of it."""
+    if layout.partitions == 1 or (layout.low_rank and key in _BY_BASIS_ROWS):
+        return None
+    return _BY_COLUMNS[key] if layout.low_rank and key in _BY_COLUMNS else layout.partition_dim
+
+
+def join_shards(key: str, places: Sequence[Place], parts: Sequence[Tensor]) -> Tensor:
+    """One tensor slice's tensor from what its shards keep; rows and columns that several keep are equal on them.
+
+    Raises:
+        CheckpointError: a part has another size than its place, or the parts leave a gap.
+    """
+    shape = places[0].slice_shape(key)
+    if len(parts) == 1 and parts[0].numel() == torch.Size(shape).numel():
+        return parts[0].view(shape)
+    whole = parts[0].new_zeros(shape)
+    covered = 0
+    for place, part in zip(places, parts, strict=True):
+        dim, start, stop = place.span(key)
+        target = whole.view(-1)[start:stop] if dim < 0 else whole.narrow(dim, start, stop - start)
+        if part.numel() != target.numel():
+            raise CheckpointError(
+                f"LoRDO: {key!r} of {place.layout.name}: a shard keeps {tuple(part.shape)}, not {tuple(target.shape)}"
+            )
+        target.copy_(part.view(target.shape))
+        covered += stop - start
+    extent = whole.numel() if places[0].span(key)[0] < 0 else whole.shape[places[0].span(key)[0]]
+    if covered < extent:
+        raise CheckpointError(f"LoRDO: {key!r} of {places[0].layout.name}: its shards hold {covered} of {extent} parts")
+    return whole
+
+
+def join(key: str, slices: Sequence[tuple[Sequence[Place], Sequence[Tensor]]]) -> Tensor:
+    """A whole parameter's tensor from its tensor slices, each a list of shards."""
+    layout = slices[0][0][0].layout
+    dim = slicing_dim(key, layout)
+    if dim is None:
+        slices = slices[:1]
+    return join_slices([join_shards(key, *one) for one in slices], dim, layout.partition_stride)
+
+
+def cut(key: str, whole: Tensor, place: Place) -> Tensor:
+    """What one rank keeps of a whole parameter's tensor; a view where it can be.
+
+    Raises:
+        CheckpointError: the tensor has not the parameter's shape.
+    """
+    layout = place.layout
+    dim = slicing_dim(key, layout)
+    part = cut_slice(whole, dim, layout.partition_stride, place.slice, layout.partitions)
+    if tuple(part.shape) != place.slice_shape(key):
+        raise CheckpointError(
+            f"LoRDO: {key!r} of {layout.name} is {tuple(whole.shape)}, and its slice {tuple(part.shape)} is not "
+            f"{place.slice_shape(key)}"
+        )
+    dim, start, stop = place.span(key)
+    return part.reshape(-1)[start:stop] if dim < 0 else part.narrow(dim, start, stop - start)

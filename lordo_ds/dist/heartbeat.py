@@ -1,0 +1,129 @@
+"""One rank's voice and ear in the key-value store of the process group."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from lordo_ds.dist.liveness import LEFT, Peer, Process, Report, decode_process, decode_report, encode
+
+_LONGEST_BEAT_S = 5.0
+_FAREWELL_S = 3.0
+_LIBRARY = str(Path(os.__file__).parent)
+
+
+class Heartbeat(threading.Thread):
+    """A thread that publishes this rank's reports and reads those of the others, every `beat_s`.
+
+    It alone touches its store: when the server is frozen, a client is blocked beyond any timeout (torch 2.13). Others
+    read its attributes: `peers`; `heard`, a count of exchanges; `error`, why there will be no more of them;
+    `verdict`, why the run ends, as the first rank that found it put it.
+
+    Raises:
+        RuntimeError: the process group has no store.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(name="lordo-heartbeat", daemon=True)
+        self.rank, world = dist.get_rank(), dist.get_world_size()
+        self.beat_s = min(timeout_s / 10, max(_LONGEST_BEAT_S, world / 100))
+        self.process = Process.this()
+        self.main_thread = threading.get_ident()
+        self.report = Report()
+        self.peers = [Peer(rank) for rank in range(world) if rank != self.rank]
+        self.heard = 0
+        self.error = self.verdict = ""
+        self.holds_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._ending = self._leaving = False
+        self._wake, self._quit, self._lock = threading.Event(), threading.Event(), threading.Lock()
+        store: Any = distributed_c10d._get_default_store()
+        store = store.clone()  # may be used beside the original, from another thread
+        # Each rank counts its own heartbeats in this process group: all create them at the same points.
+        count = store.add(f"lordo/heartbeats_of/{self.rank}", 1)
+        self._store: Any = distributed_c10d.PrefixStore(f"lordo/heartbeat/{count}", store)
+
+    def tell(self, **facts: int | str) -> None:
+        """Change what this rank's next beats say. From any thread."""
+        with self._lock:
+            self.report = replace(self.report, **facts)  # type: ignore[arg-type]
+
+    def publish_verdict(self, reason: str) -> None:
+        """Make it every rank's, unless another came first; `verdict` then holds the one that did."""
+        self.verdict = self.verdict or reason
+        self._wake.set()
+
+    def end(self, why: str) -> None:
+        """Publish why no more beats will come, and stop; where the store is, once the others have ended too."""
+        self.tell(ended=why)
+        self._ending = True
+        self._wake.set()
+
+    def leave(self) -> None:
+        """This process ends, after `end`. The store goes with it: first the others may read that it left in order."""
+        self._leaving = True
+        self._wake.set()
+        self.join(_FAREWELL_S if self.report.ended == LEFT else 2 * self.beat_s)
+        self._quit.set()
+        self._wake.set()
+        self.join(1.0)
+
+    def run(self) -> None:
+        try:
+            self._store.set(f"process/{self.rank}", encode(self.process))
+            last = time.monotonic()
+            while not self._ending:
+                last = self._exchange(last)
+                self._wake.wait(self.beat_s)
+                self._wake.clear()
+            last = self._exchange(last)
+            while self.holds_store and not (self._quit.is_set() or self._others_ended()):
+                self._wake.wait(min(0.1, self.beat_s) if self._leaving else self.beat_s)
+                self._wake.clear()
+                last = self._exchange(last)
+        except Exception as error:  # of whatever kind the store raises: the run may end well without it
+            self.error = str(error).partition("\n")[0] or type(error).__name__
+
+    def _others_ended(self) -> bool:
+        return all(peer.ended or peer.is_lost(self.process) for peer in self.peers)
+
+    def _exchange(self, last: float) -> float:
+        now = time.monotonic()
+        self.tell(beat=self.report.beat + 1, place=_place_of(self.main_thread))
+        self._store.set(f"report/{self.rank}", encode(self.report))
+        # One that was suspended itself must not count that time against the others.
+        elapsed = min(now - last, 10 * self.beat_s)
+        for peer, text in zip(self.peers, self._read_reports(), strict=True):
+            peer.hear(None if text is None else decode_report(text), elapsed)
+            if text is not None and not peer.process.pid:
+                peer.process = decode_process(self._store.get(f"process/{peer.rank}"))
+        if self.verdict or self._store.check(["verdict"]):
+            self.verdict = self._store.compare_set("verdict", "", self.verdict).decode()
+        self.heard += 1
+        return now
+
+    def _read_reports(self) -> list[bytes | None]:
+        """Those of all peers, in one request once all have begun; `get` would wait for the missing ones."""
+        keys = [f"report/{peer.rank}" for peer in self.peers]
+        if not self._store.check(keys):
+            return [self._store.get(key) if self._store.check([key]) else None for key in keys]
+        return list(self._store.multi_get(keys)) if self._store.has_extended_api() else list(map(self._store.get, keys))
+
+
+def _place_of(thread: int) -> str:
+    """Where a thread is, outside Python's and the installed libraries if it can be said: file, line, function."""
+    innermost = frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code.co_filename.startswith((_LIBRARY, "<")):
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return "its end"
+    path = Path(frame.f_code.co_filename)
+    return f"{path.parent.name}/{path.name}:{frame.f_lineno} ({frame.f_code.co_name})"

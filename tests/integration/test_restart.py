@@ -1,0 +1,116 @@
+"""A job that crashes comes back from its last checkpoint by itself, also with fewer replicas than it had."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+sys.path.insert(0, str(LAUNCHERS))
+from _jobs import Job, metrics, write_settings  # noqa: E402
+
+from tests.ranks import run_ranks  # noqa: E402
+
+pytestmark = [pytest.mark.deepspeed, pytest.mark.megatron, pytest.mark.distributed, pytest.mark.timeout(280)]
+
+STEPS, SAVED_EVERY = 60, 10
+COMPARED = ("step", "loss", "lr", "grad_norm")
+
+
+def script(folder: Path, name: str, *more: str) -> list[str]:
+    options = write_settings(folder / "settings", {"sync_timeout_s": 10.0})
+    output = ["--output-dir", str(folder / name), "--train-steps", str(STEPS), "--save-interval", str(SAVED_EVERY)]
+    return [str(LAUNCHERS / "pretrain_gpt.py"), *options, *output, "--eval-interval", "0", *more]
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in COMPARED} for row in metrics(folder)]
+
+
+def wait_for_checkpoint(folder: Path, job: Job) -> None:
+    until = time.monotonic() + 120
+    while not (folder / "checkpoints" / "latest").exists():
+        assert job.process.poll() is None and time.monotonic() < until, job.text()
+        time.sleep(0.01)
+
+
+def test_torchrun_brings_a_crashed_job_back_from_its_last_checkpoint(tmp_path: Path) -> None:
+    """Nobody said --resume; every row is that of a run without a crash."""
+    whole = Job.start("torchrun", script(tmp_path, "whole"), tmp_path / "whole.log")
+    assert whole.end(120) == 0, whole.text()
+    job = Job.start("torchrun --max-restarts=1", script(tmp_path, "crashed"), tmp_path / "crashed.log")
+    wait_for_checkpoint(tmp_path / "crashed", job)
+    os.kill(job.rank_pids()[1], signal.SIGKILL)
+    assert job.end(150) == 0, job.text()
+    assert "resumed from step" in job.text()
+    assert rows(tmp_path / "crashed") == rows(tmp_path / "whole")
+
+
+def _on_a_rank(argv: list[str]) -> int:
+    """`python launchers/pretrain_gpt.py`, on a rank of `run_ranks`; its exit code."""
+    sys.argv = argv
+    import pretrain_gpt
+
+    try:
+        pretrain_gpt.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def run_here(*given: Any, capsys: pytest.CaptureFixture[str]) -> str:
+    """What rank 0 says in a run without a launcher."""
+    assert run_ranks(_on_a_rank, 2, script(*given), init_process_group=False, timeout_s=120) == [0, 0]
+    return "".join(line for line in capsys.readouterr().out.splitlines(True) if line.startswith("[rank 0]"))
+
+
+def test_resume_auto_starts_anew_goes_on_or_has_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = [
+        run_here(tmp_path, "run", "--resume", "auto", "--train-steps", steps, capsys=capsys)
+        for steps in ("12", "24", "24")
+    ]
+    assert "resumed" not in said[0] and "resumed from step 12" in said[1] and "nothing is left to do" in said[2]
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 25))
+
+
+def test_a_new_run_in_an_old_directory_does_not_come_back_as_the_old_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_here(tmp_path, "run", "--train-steps", "12", capsys=capsys)
+    assert "of an earlier run" in run_here(tmp_path, "run", "--train-steps", "4", capsys=capsys)
+    folder = tmp_path / "run" / "checkpoints"
+    assert (folder / "latest").read_text().strip() == "global_step4"
+    assert (folder / "latest_of_earlier_run").read_text().strip() == "global_step12"
+
+
+def test_the_job_goes_on_with_fewer_replicas_when_a_node_is_gone(tmp_path: Path) -> None:
+    """Two agents, as on two nodes, of which one and its rank are killed."""
+    log = tmp_path / "survivor.log"
+    node = "torchrun --nnodes=1:2 --nproc-per-node=1 --max-restarts=3 --rdzv-id=two --rdzv-conf=last_call_timeout=10"
+    port = 29400 + os.getpid() % 1000
+    command = script(tmp_path, "run", "--resume", "auto")
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    # The rendezvous is on the node that stays.
+    survivor = Job.start(f"{node},is_host=1 --rdzv-endpoint=127.0.0.1:{port}", command, log, **own_store)
+    lost = Job.start(f"{node},is_host=0 --rdzv-endpoint=127.0.0.1:{port}", command, tmp_path / "lost.log", **own_store)
+    try:
+        wait_for_checkpoint(tmp_path / "run", survivor)
+        ranks = lost.rank_pids()
+        lost.process.kill()
+        for pid in ranks.values():
+            os.kill(pid, signal.SIGKILL)
+        assert survivor.end(200) == 0, survivor.text()
+    finally:
+        lost.end(0.0)
+        survivor.end(0.0)
+    assert "2 replica(s)" in survivor.text() + lost.text() and "1 replica(s)" in survivor.text()
+    assert "saved by 2 replica(s), 1 go on" in survivor.text(), survivor.text()
+    assert rows(tmp_path / "run")[-1]["step"] == STEPS
