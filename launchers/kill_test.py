@@ -121,13 +121,15 @@ def _wait_for_moment(job: Job, moment: str, rank: int, delay_s: float, run: Path
         while rank not in job.rank_pids() and time.monotonic() < until and job.process.poll() is None:
             time.sleep(0.05)
         time.sleep(8 * delay_s)
-    elif not job.wait_for("| tokens/s", 0) and not job.wait_for("tokens/s |"):
+        return job.rank_pids().get(rank)
+    if not job.wait_for("tokens/s |"):
         return None
-    elif moment == "training":
+    pid = job.rank_pids().get(rank)  # before the wait: it takes longer than a save
+    if moment == "training":
         time.sleep(2 * delay_s)
     else:
         _wait_for_save(run, delay_s)
-    return job.rank_pids().get(rank)
+    return pid
 
 
 def _wait_for_save(run: Path, delay_s: float) -> None:

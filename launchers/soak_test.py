@@ -111,8 +111,9 @@ def report(args: argparse.Namespace, faults: dict[str, Any], clean: list[Run], f
     """The page, and whether all is as it should be."""
     losses = [run.val_loss for run in clean]
     mean, noise = statistics.fmean(losses), max(losses) - min(losses)
-    left_out = len(re.findall(r"left out of this sync and reseeded", faulty.output))
-    to_anchor = len(re.findall(r"back to the anchor", faulty.output))
+    # Every rank says so, and a step that a crash undid comes twice.
+    left_out = len(set(re.findall(r"at step (\d+): left out of this sync", faulty.output)))
+    to_anchor = len(set(re.findall(r"at step (\d+).*back to the anchor", faulty.output)))
     resumed = re.findall(r"resumed from step (\d+)", faulty.output)
     within = faulty.val_loss <= max(losses) + noise
     flat = all(run.growth <= ALLOWED_GROWTH for run in [*clean, faulty])
@@ -120,8 +121,8 @@ def report(args: argparse.Namespace, faults: dict[str, Any], clean: list[Run], f
     lines = [
         "# A long run under faults",
         "",
-        f"{args.steps} steps of a tiny GPT on {RANKS} replicas in {args.precision}, a sync every 8 steps, a save every",
-        "100.",
+        f"{args.steps} steps of a tiny GPT on {RANKS} replicas in {args.precision}, a sync every 8 steps,",
+        "a save every 100.",
         f"Faults: {counts} (a slow step takes {SLOW_S:g} s longer; a crash is a `kill -9`, answered by",
         "`torchrun --max-restarts`).",
         "",

@@ -136,7 +136,12 @@ def _whole_or_not(engine: Any, groups: ReplicaGroups, original: Any) -> Any:
         with _written(engine.checkpoint_engine) as files:
             result = original(**{**asked, "tag": tag + PART, "save_latest": False})
         part = target.with_name(target.name + PART)
-        mine = agreed(lambda: _account(part, files, groups, engine.basic_optimizer))
+        try:
+            mine = agreed(lambda: _account(part, files, groups, engine.basic_optimizer))
+        except CheckpointError:  # on all ranks, which have read what they wrote
+            if dist.get_rank() == 0:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
         found = _of_all_ranks(mine)
         agreed(lambda: _finish(target, part, found, tag if asked["save_latest"] else None))
         return result
@@ -186,7 +191,6 @@ def _account(part: Path, files: list[Path], groups: ReplicaGroups, optimizer: Lo
     for file in dict.fromkeys(files):
         unsafe = unsafe_classes(file)
         if unsafe:
-            shutil.rmtree(part, ignore_errors=True)
             raise CheckpointError(
                 f"LoRDO: the checkpoint would hold an object of {unsafe[0]}, and loading runs no code: give "
                 "client_state tensors and plain values only"

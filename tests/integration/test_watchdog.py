@@ -96,7 +96,10 @@ def run(
 
 def _only_stopped_are_left(processes: list[Any]) -> bool:
     left = [p.pid for p in processes if p.exitcode is None]
-    states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in left]
+    try:
+        states = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in left]
+    except (FileNotFoundError, ProcessLookupError):  # one ended meanwhile
+        return False
     return bool(left) and all(state == "T" for state in states)
 
 
