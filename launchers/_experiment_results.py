@@ -1,0 +1,116 @@
+"""results.csv: one finished run a line, appended under a lock; the only thing that reports read."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+COLUMNS = (
+    "id", "cell", "claim", "method", "model", "seed", "lr", "val_loss", "diverged", "bytes", "state_bytes",
+    "host_state_bytes", "tokens", "rank", "K", "M", "B", "steps", "omega", "beta1", "qh_mode", "projection",
+    "sync_warmup_steps", "bytes_ddp", "train_loss", "unigram_loss", "bigram_loss", "overlap", "captured_energy",
+    "drift", "change_effective_rank", "outside", "attention_stable_rank", "attention_spectral_gap",
+    "attention_change_stable_rank", "attention_change_gap_at_rank", "wall_s", "commit", "code", "machine", "config",
+    "curve",
+)  # fmt: skip
+NUMBERS = frozenset(COLUMNS) - {
+    "id", "cell", "claim", "method", "model", "commit", "code", "machine", "config", "curve", "qh_mode", "projection",
+}  # fmt: skip
+# What a second run of the same spec must give again, to the last digit.
+REPEATED = ("val_loss", "train_loss", "bytes", "state_bytes", "tokens", "curve")
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+
+
+class ResultsError(ValueError):
+    """A results file that cannot be used; the message is one line for the user."""
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows, numbers as numbers (an empty field is NaN); none where there is no file.
+
+    Raises:
+        ResultsError: other columns.
+    """
+    if not path.exists():
+        return []
+    csv.field_size_limit(1 << 24)
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ResultsError(f"{path}: other columns than this version writes; give another --output")
+        rows = [row for row in reader if row.get("curve")]  # a line that was cut off has none
+    return [{key: _number(value) if key in NUMBERS else value for key, value in row.items()} for row in rows]
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add one line; the file and its head come with the first."""
+    text = {key: _text(row.get(key, "")) for key in COLUMNS}
+    with path.open("a", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+        if stream.tell() == 0:
+            writer.writeheader()
+        writer.writerow(text)
+
+
+def _number(text: str) -> float | int:
+    if not text:
+        return math.nan
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else repr(value)
+    return str(value)
+
+
+def provenance(device: str) -> Row:
+    """Commit (with + where the tree differs from it), a digest of the code that decides numbers, and the machine."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    import torch
+
+    commit = git("rev-parse", "--short", "HEAD") or "none"
+    changed = git("status", "--porcelain", "--", "lordo_ds", "launchers")
+    chip = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    machine = f"{chip}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    return {"commit": commit + ("+" if changed else ""), "code": code_digest(), "machine": machine}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def code_digest(root: Path = ROOT) -> str:
+    """Of the sources that a run's numbers come from."""
+    files: Iterable[Path] = [
+        *sorted((root / "lordo_ds" / "core").glob("*.py")),
+        *sorted((root / "lordo_ds" / "dist").glob("*.py")),
+        root / "lordo_ds" / "optimizer.py",
+        root / "lordo_ds" / "config.py",
+        *(root / "launchers" / f"_experiment_{part}.py" for part in ("data", "model", "replicas", "run")),
+    ]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:10]

@@ -1,0 +1,131 @@
+"""The experiment command: a grid run on two processes, resumed, reported, and one row run again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = """
+base:
+  model: nano
+  replicas: 2
+  sequences: 4
+  steps: 16
+  lr_warmup: 2
+  validation: 16
+  settings: {rank: 4, sync_interval: 4}
+lrs: [8.0e-3]
+seeds: [0, 1]
+methods:
+  paper: {}
+  adamw: {settings: {replica_size: all, low_rank: {exclude: [".*"]}, sync_interval: 1}}
+claims:
+  quality:
+    title: Quality
+    methods: [paper, adamw]
+    report: {reference: adamw, diagnostics: true, panels: [{kind: frontier, x: bytes}, {kind: lr}]}
+  ranks:
+    methods: [paper]
+    axes: {rank: [2, 4]}
+    report: {panels: [{kind: lines, x: rank}, {kind: curve, y: overlap}]}
+"""
+ASKED_FOR = ("method", "seed", "lr", "val_loss", "bytes", "state_bytes", "tokens", "commit")
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def experiment(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (folder / "grid.yaml").write_text(GRID)
+    command = [sys.executable, str(ROOT / "launchers" / "experiment.py"), str(folder / "grid.yaml")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    return subprocess.run(
+        [*command, "--output", str(folder / "out"), "--device", "cpu", *options],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    done = experiment(folder, "--jobs", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    with (folder / "out" / "results.csv").open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_grid_becomes_one_csv(finished: Path) -> None:
+    rows = rows_of(finished)
+    # Three cells (rank 4 of `paper` is both claims'), two seeds.
+    assert len(rows) == 6 and len({row["id"] for row in rows}) == 6
+    for row in rows:
+        assert all(row[column] for column in ASKED_FOR)
+        assert int(row["tokens"]) == 16 * 4 * 16
+    assert {row["claim"] for row in rows} == {"quality", "quality+ranks", "ranks"}
+    by_method = {row["method"]: row for row in rows}
+    assert int(by_method["paper"]["bytes"]) < int(by_method["adamw"]["bytes"]) == int(by_method["adamw"]["bytes_ddp"])
+    assert json.loads(by_method["paper"]["config"])["settings"]["sync_interval"] == 4
+
+
+def test_what_is_finished_is_not_run_again(finished: Path) -> None:
+    before = (finished / "out" / "results.csv").read_bytes()
+    done = experiment(finished)
+    assert done.returncode == 0 and "0 runs in" in done.stdout and "; 0 left" in done.stdout
+    assert (finished / "out" / "results.csv").read_bytes() == before
+
+
+def test_a_row_can_be_run_again_with_the_same_numbers(finished: Path) -> None:
+    row = next(row for row in rows_of(finished) if row["method"] == "paper")
+    done = experiment(finished, "--rerun", row["id"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{float(row['val_loss'])!r} then, {float(row['val_loss'])!r} now" in done.stdout
+
+
+def test_a_row_whose_numbers_were_changed_is_found_out(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    text = (finished / "out" / "results.csv").read_text()
+    row = rows_of(finished)[0]
+    (tmp_path / "out" / "results.csv").write_text(text.replace(row["val_loss"], "1.25"))
+    done = experiment(tmp_path, "--rerun", row["id"])
+    assert done.returncode == 1 and "val_loss differs: 1.25 then" in done.stdout
+    assert "no row 'nothing'" in experiment(tmp_path, "--rerun", "nothing").stderr
+
+
+def test_the_report_comes_from_the_csv_alone_and_keeps_the_text_above_it(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.csv").write_bytes((finished / "out" / "results.csv").read_bytes())
+    for _ in range(2):
+        done = experiment(tmp_path, "--report", "--docs", str(tmp_path / "page"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        page = (tmp_path / "page.md").read_text()
+        assert page.count("## Quality") == 1 and "| paper rank=2 |" in page and "against adamw" in page
+        page = page.replace("# page\n", "# page\n\nWhat it means.\n", 1)
+        (tmp_path / "page.md").write_text(page)
+    assert page.count("What it means.") == 2  # the first was kept
+    assert (tmp_path / "page.csv").read_bytes() == (finished / "out" / "results.csv").read_bytes()
+    assert (tmp_path / "page_quality.png").stat().st_size > 10_000
+
+
+def test_a_budget_that_holds_no_run_starts_none(tmp_path: Path) -> None:
+    done = experiment(tmp_path, "--budget", "1s")
+    assert done.returncode == 0 and "0 runs in" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    assert "write it like 90s" in experiment(tmp_path, "--budget", "soon").stderr
+    done = experiment(tmp_path, "--only", "qualty")
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("experiment.py:")
