@@ -203,11 +203,19 @@ class EngineHook(RunHandle):
         if self.optimizer.end_attempt():
             refresh_low_precision(self.engine)
         # A replica that skipped steps takes over the schedule of the one that executed most.
-        for _ in range(self.optimizer.executed_steps - scheduled):
-            if self.engine.lr_scheduler is not None:
-                self.engine.lr_scheduler.step()
+        self._move_schedule(self.optimizer.executed_steps - scheduled)
         if self.optimizer.synced:
             self._after_sync()
+
+    def take_over(self, steps: int) -> None:
+        """The optimizer was given the state of a replica that had executed `steps` more."""
+        refresh_low_precision(self.engine)
+        self._move_schedule(steps)
+
+    def _move_schedule(self, steps: int) -> None:
+        for _ in range(steps):
+            if self.engine.lr_scheduler is not None:
+                self.engine.lr_scheduler.step()
 
     def _restart_from_weights(self) -> None:
         """The model was given weights without optimizer states: make replicas and masters agree, and anchor there."""

@@ -21,8 +21,10 @@ class Faults:
     """Keeps replicas whose state or loss is not finite out of the averages, and counts them.
 
     `left_out_in_a_row` and `left_out` count, per replica and since the start of the process, the syncs that it could
-    not take part in; they are equal on all ranks.
+    not take part in; they are equal on all ranks. `why` is what it may have been.
     """
+
+    why = "not finite"
 
     def __init__(
         self, config: LordoConfig, items: Sequence[Fragment], wire: ReplicaWire, inside: InsideReplica
@@ -42,6 +44,10 @@ class Faults:
         if not math.isfinite(loss):
             logger.warning("LoRDO: replica %d had a loss of %s at step %d", self.wire.index, loss, step)
             self._doubtful = True
+
+    def leave_out_once(self) -> None:
+        """This replica has nothing to contribute to the next sync, and only takes over what comes of it."""
+        self._doubtful = True
 
     def replica_is_finite(self) -> bool:
         """Whether this replica may take part in the sync that begins. Collective inside the replica."""
@@ -86,7 +92,7 @@ class Faults:
         if not left_out:
             return
         logger.warning(
-            "LoRDO: replicas %s were not finite at step %d: left out of this sync and reseeded", left_out, step
+            "LoRDO: replicas %s were %s at step %d: left out of this sync and reseeded", left_out, self.why, step
         )
         takes_part = self.wire.index in participants
         for item in self.items:

@@ -1,0 +1,274 @@
+"""Replicas that leave and join while the others train: the cross-replica group, run by torchft.
+
+Each replica is a job of its own (its own launcher and default process group). torchft's lighthouse knows who is there;
+its manager gives every sync a quorum, and a process group over it:
+
+    group = torchft.ProcessGroupGloo(timeout=...)
+    manager = torchft.Manager(pg=group, load_state_dict=None, state_dict=None, min_replica_size=1,
+                              use_async_quorum=False, timeout=..., quorum_timeout=..., replica_id="replica_0")
+    membership = join_replicas(engine, manager, group)    # after deepspeed.initialize, before the first step
+    while membership.step < steps:                        # a replica that joins late starts where the others are
+        ...
+
+torchft is not imported here: whoever wants it makes the manager. Written against torchft 0.2.0.
+
+A replica that joins takes over the state of a live one at that one's next sync, in which it is left out of the
+average. A sync that fails because a replica went away is undone, and done again by those who are left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions, ReduceOp
+
+from lordo_ds.adapters.hook import hook
+from lordo_ds.core.schedule import sync_plan
+from lordo_ds.dist.faults import Faults
+from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
+from lordo_ds.dist.wire import ReplicaWire, SyncError
+from lordo_ds.optimizer import LoRDO
+
+logger = logging.getLogger("lordo_ds")
+
+_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
+
+
+class Manager(Protocol):
+    """What is used of `torchft.Manager`, made with `use_async_quorum=False`."""
+
+    def register_state_dict_fn(
+        self, key: str, load_state_dict: Callable[[Any], None], state_dict: Callable[[], Any]
+    ) -> None: ...
+
+    def start_quorum(self) -> None: ...
+
+    def errored(self) -> Any: ...
+
+    def report_error(self, e: Exception) -> None: ...
+
+    def should_commit(self) -> bool: ...
+
+
+class QuorumWire(ReplicaWire):
+    """The replica group of the present quorum; `group` is the torchft process group that the manager reconfigures."""
+
+    def __init__(self, group: Any) -> None:
+        super().__init__(None)
+        self._quorum = group
+
+    def take_quorum(self) -> bool:
+        """After a quorum was formed: who this replica is among how many. Whether that has changed."""
+        before = self.index, self.size
+        self.index, self.size = self._quorum.rank(), self._quorum.size()
+        self.replicas = self.size
+        return before != (self.index, self.size)
+
+    def sum_(self, tensor: Tensor, kind: str) -> Tensor:
+        return self._reduce(tensor, kind, ReduceOp.SUM)
+
+    def max_(self, tensor: Tensor, kind: str) -> Tensor:
+        return self._reduce(tensor, kind, ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, kind: str, operation: Any) -> Tensor:
+        if self.size > 1 and tensor.numel():
+            options = AllreduceOptions()
+            options.reduceOp = operation
+            moved = tensor.contiguous()
+            self._quorum.allreduce([moved], options).wait()
+            if moved is not tensor:
+                tensor.copy_(moved)
+            self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.size))
+        return tensor
+
+    def broadcast_(self, tensor: Tensor, kind: str, source: int = 0) -> Tensor:
+        if self.size > 1 and tensor.numel():
+            options = BroadcastOptions()
+            options.rootRank = source
+            moved = tensor.contiguous()
+            self._quorum.broadcast([moved], options).wait()
+            if moved is not tensor:
+                tensor.copy_(moved)
+            if self.index == source:
+                self.ledger.add(kind, tensor.numel() * tensor.element_size())
+        return tensor
+
+    def gather(self, row: Tensor, kind: str) -> Tensor:
+        if self.size == 1 or not row.numel():
+            return row.unsqueeze(0).expand(self.size, -1)
+        rows = [torch.empty_like(row) for _ in range(self.size)]
+        self._quorum.allgather([rows], [row.contiguous()], AllgatherOptions()).wait()
+        self.ledger.add(kind, gather_bytes(row.numel() * row.element_size(), self.size))
+        return torch.stack(rows)
+
+
+class Membership:
+    """Puts whatever crosses replicas under a quorum: formed before, committed or undone after."""
+
+    def __init__(self, optimizer: LoRDO, manager: Manager, wire: QuorumWire) -> None:
+        self.optimizer, self.manager, self.wire = optimizer, manager, wire
+        self._healed = False
+        manager.register_state_dict_fn("lordo_ds", self._heal, self.state)
+
+    @property
+    def step(self) -> int:
+        """Attempted steps of the run that this replica is in: its data position."""
+        return self.optimizer.attempted_steps
+
+    def join(self) -> bool:
+        """Take over what the others have, and be in step with them. Waits for their next sync.
+
+        Returns:
+            Whether the weights changed.
+        """
+        return self._in_quorum(self._catch_up)
+
+    def _catch_up(self) -> bool:
+        """The rest of the step that the others are ending."""
+        if self.optimizer.attempted_steps:
+            self._cross()
+        return self._healed
+
+    def cross_replicas(self) -> bool:
+        """Instead of the optimizer's own `_cross_replicas`."""
+        optimizer = self.optimizer
+        assert optimizer.sync is not None
+        plan = sync_plan(optimizer.config, optimizer.attempted_steps)
+        if not plan.due and not optimizer.sync.bases.wait_for_all_replicas():
+            return self._cross()
+        return self._in_quorum(self._cross)
+
+    def final_sync(self) -> bool:
+        """Instead of the optimizer's own."""
+        return self._in_quorum(lambda: LoRDO.final_sync(self.optimizer))
+
+    def _cross(self) -> bool:
+        return LoRDO._cross_replicas(self.optimizer)
+
+    def _in_quorum(self, run: Callable[[], bool]) -> bool:
+        """Form a quorum and run; whatever breaks because a replica went away is undone and run by the rest."""
+        while True:
+            self._healed = False
+            self.manager.start_quorum()
+            changed = self._take_quorum()
+            before = self.state()
+            try:
+                if self.manager.errored() is None:
+                    changed = run() or changed
+            except RuntimeError as error:
+                if isinstance(error, SyncError):
+                    raise
+                logger.warning("LoRDO: a sync failed and is done again: %s", str(error).partition("\n")[0])
+                self.manager.report_error(error)
+            if self.manager.should_commit():
+                return changed or self._healed
+            self._load(before)
+
+    def _take_quorum(self) -> bool:
+        optimizer = self.optimizer
+        assert optimizer.sync is not None
+        if self.wire.take_quorum():
+            logger.warning("LoRDO: %d replicas from step %d on", self.wire.replicas, optimizer.attempted_steps)
+            optimizer.sync.faults = _faults(optimizer, self.wire)  # replicas are numbered anew, and counted anew
+        if self._healed and optimizer.attempted_steps:
+            optimizer.sync.faults.leave_out_once()
+        return self._healed
+
+    # -- what a replica that joins takes over ---------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Copies of all that a sync may change, and so of all that a replica needs to take part in one."""
+        optimizer = self.optimizer
+        sync = optimizer.sync
+        assert sync is not None
+        return {
+            "items": {item.plan.name: {"weight": item.weight.clone(), **_copied(item.state)} for item in sync.items},
+            "counters": {name: getattr(sync, name) for name in _COUNTERS},
+            "steps": [optimizer.attempted_steps, optimizer.executed_steps],
+            "rows": [list(row) for row in sync.rows.pending],
+        }
+
+    def _heal(self, state: dict[str, Any]) -> None:
+        self._load(state)
+        self._healed = True
+        assert self.optimizer.sync is not None
+        for item in self.optimizer.sync.items:  # gradients of weights that are no more
+            item.gradient = item.settings = item.own_pseudo_gradient = None
+        self.optimizer._executed_now = False
+        logger.warning("LoRDO: took over the state of a live replica at step %d", self.optimizer.attempted_steps)
+
+    @torch.no_grad()
+    def _load(self, state: dict[str, Any]) -> None:
+        optimizer = self.optimizer
+        sync = optimizer.sync
+        assert sync is not None
+        for item in sync.items:
+            saved = state["items"][item.plan.name]
+            item.weight.copy_(saved["weight"])
+            for key, value in saved.items():
+                if isinstance(value, Tensor) and key != "weight":
+                    item.state[key].copy_(value)
+                elif key != "weight":
+                    item.state[key] = value
+        for name in _COUNTERS:
+            setattr(sync, name, state["counters"][name])
+        optimizer.attempted_steps, optimizer.executed_steps = state["steps"]
+        sync.rows.pending = [list(row) for row in state["rows"]]
+        sync.bases.look_again()
+
+
+def _faults(optimizer: LoRDO, wire: QuorumWire) -> Faults:
+    """How many replicas a sync needs is the manager's to say: those that join contribute nothing."""
+    assert optimizer.sync is not None
+    config = optimizer.config.model_copy(update={"min_participants": 1})
+    faults = Faults(config, optimizer.sync.items, wire, optimizer.sync.inside)
+    faults.why = "not finite, or had just joined,"
+    return faults
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
+    """Let torchft run the cross-replica group of a job that is one replica. Returns at the others' next sync.
+
+    Args:
+        trained: a DeepSpeed engine with LoRDO, or a LoRDO optimizer used alone; one rank.
+        manager: a `torchft.Manager` with `use_async_quorum=False`.
+        group: the torchft process group that the manager was made with.
+
+    Raises:
+        ValueError: no LoRDO, or more than one rank.
+    """
+    engine = hook(trained)
+    optimizer = trained if engine is None else engine.optimizer
+    if not isinstance(optimizer, LoRDO):
+        raise ValueError(f"LoRDO: join_replicas() got a {type(trained).__name__}: give a LoRDO engine or optimizer")
+    if optimizer.sync is None:
+        optimizer._attach_alone()
+    sync = optimizer.sync
+    assert sync is not None
+    ranks = sync.wire.replicas * sync.inside.everyone.size
+    if ranks > 1:
+        raise ValueError(
+            f"LoRDO: torchft runs replicas of one rank, each a job of its own, and this job has {ranks}: start every "
+            "replica with one process, or leave torchft off"
+        )
+    wire = QuorumWire(group)
+    sync.wire = sync.bases.wire = wire
+    sync.bases.each_replica_its_own = optimizer.config.projection == "local"
+    sync.faults = _faults(optimizer, wire)
+    for item in sync.items:  # one replica alone keeps none where it can do without
+        item.state.setdefault("anchor", sync._place(item.weight))
+    membership = Membership(optimizer, manager, wire)
+    optimizer._cross_replicas = membership.cross_replicas  # type: ignore[method-assign]
+    optimizer.final_sync = membership.final_sync  # type: ignore[method-assign]
+    executed = optimizer.executed_steps
+    if membership.join() and engine is not None:
+        engine.take_over(optimizer.executed_steps - executed)
+    return membership
