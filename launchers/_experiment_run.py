@@ -6,6 +6,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +19,8 @@ from _experiment_spec import RunSpec
 from torch import Tensor
 
 from lordo_ds.config import OuterOptimizer
-from lordo_ds.core.grouping import ParameterFacts
-from lordo_ds.core.outer import outer_update, pseudo_gradient
+from lordo_ds.core.grouping import ParameterFacts, plan_parameters
+from lordo_ds.core.outer import orthogonalized, outer_update, pseudo_gradient
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.ledger import reduction_bytes
@@ -42,10 +43,11 @@ class Diary:
 class SlowOuter:
     """An outer optimizer around one replica that steps by itself; see `RunSpec.slow`."""
 
-    def __init__(self, spec: RunSpec, weights: dict[str, Tensor]) -> None:
+    def __init__(self, spec: RunSpec, facts: Iterable[ParameterFacts], weights: dict[str, Tensor]) -> None:
         slow = spec.slow or {}
         self.interval, self.after = int(slow.get("interval", 0)), spec.config.sync_warmup_steps
-        self.outer = OuterOptimizer(lr=slow.get("lr", 1.0), momentum=slow.get("momentum", 0.0))
+        self.outer = OuterOptimizer(**{key: value for key, value in slow.items() if key != "interval"})
+        self.matrices = {plan.name: plan for plan in plan_parameters(spec.config, facts) if plan.low_rank}
         self.weights = weights if self.interval else {}
         self.anchor = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.momentum = {name: torch.zeros_like(anchor) for name, anchor in self.anchor.items()}
@@ -57,8 +59,11 @@ class SlowOuter:
             return
         for name, weight in self.weights.items():
             if step > self.after:
-                moved = pseudo_gradient(self.anchor[name], weight)
-                weight.copy_(self.anchor[name] - outer_update(moved, self.momentum[name], self.outer))
+                update = outer_update(pseudo_gradient(self.anchor[name], weight), self.momentum[name], self.outer)
+                if self.outer.orthogonalize and name in self.matrices:
+                    orient = self.matrices[name].orient
+                    update = orient(orthogonalized(orient(update[0]))).unsqueeze(0)
+                weight.copy_(self.anchor[name] - update)
             self.anchor[name].copy_(weight)
 
     @property
@@ -79,7 +84,7 @@ class Run:
         }
         self.named = [self.model.replica(m) for m in range(self.model.replicas)]
         self.replicas = Replicas(self.named, facts, {**spec.settings, "lr": spec.lr})
-        self.slow = SlowOuter(spec, self.model.weights)
+        self.slow = SlowOuter(spec, facts.values(), self.model.weights)
         self.start = {name: weight[0].detach().clone() for name, weight in self.model.weights.items()}
         self.windows = self.text.validation(spec.validation, self.size.seq_length).to(device)
         self.diary = Diary()

@@ -28,7 +28,7 @@ class RunSpec:
         one replica together: the baselines that average gradients at every step.
     sequences: global batch, all ranks together.
     lr_warmup: steps of linear warm-up; a cosine to a tenth follows.
-    slow: an outer optimizer around one replica, {"interval", "lr", "momentum"}, for baselines whose basis changes at
+    slow: an outer optimizer around one replica, {"interval"} and keys of `outer`, for baselines whose basis changes at
         every step while the outer step is every `interval`; None for all others, whose own `outer` it is.
     validation: held-out sequences of the final evaluation.
     """
@@ -43,7 +43,7 @@ class RunSpec:
     lr_warmup: int = 0
     clip: float = 1.0
     validation: int = 1024
-    slow: dict[str, float] | None = None
+    slow: dict[str, Any] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -59,15 +59,25 @@ class LowRankSelection(_Block):
 
 
 class OuterOptimizer(_Block):
-    """Outer optimizer on the pseudo-gradient; the default is plain averaging."""
+    """Outer optimizer on the pseudo-gradient; the default is plain averaging.
+
+    `orthogonalize` and `residual_gain` concern projected matrices only.
+    """
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     nesterov: StrictBool = True
+    orthogonalize: StrictBool = False
+    residual_gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
 
     @property
     def is_plain_average(self) -> bool:
-        return self.lr == 1.0 and self.momentum == 0.0
+        return self.lr == 1.0 and self.momentum == 0.0 and not self.needs_matrices
+
+    @property
+    def needs_matrices(self) -> bool:
+        """Whether the step of a matrix is a matter of more than its elements one by one."""
+        return self.orthogonalize or self.residual_gain != 1.0
 
 
 class AnchorPlacement(_Block):
@@ -115,6 +125,7 @@ class LordoConfig(_Block):
     preset: Literal["paper", "recommended"] = "paper"
     qh_mode: Literal["full_rank", "factored", "low_rank", "none"] = "full_rank"
     omega: Annotated[float, Field(ge=0, le=1)] = 0.5
+    residual_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     error_feedback: Literal[False, "bf16", "fp32"] = False
     basis_source: Literal["pseudo_gradient", "complement", "gradient"] = "pseudo_gradient"
     basis_update: Literal["power", "eigh", "svd"] = "power"
@@ -187,6 +198,16 @@ class LordoConfig(_Block):
                 'basis_source = "complement" needs directions outside the basis, and with omega = 1 the full-rank term '
                 "has no weight: use omega < 1 (nearest: 0.99)"
             )
+        if self.residual_weight is not None and self.qh_mode != "factored":
+            raise ValueError(
+                f'residual_weight = {self.residual_weight:g} is for qh_mode = "factored", and qh_mode = '
+                f'"{self.qh_mode}": leave it out (nearest: null)'
+            )
+        if self.outer.residual_gain != 1.0 and self.projection == "local":
+            raise ValueError(
+                f"outer.residual_gain = {self.outer.residual_gain:g} needs one basis for all replicas, and with "
+                'projection = "local" each has its own: use projection "global" or leave it out (nearest: 1.0)'
+            )
         if self.pseudo_gradient_dtype in ("int8", "int4"):
             raise ValueError(
                 f'pseudo_gradient_dtype = "{self.pseudo_gradient_dtype}" is not available in this version: '
@@ -203,6 +224,11 @@ class LordoConfig(_Block):
         if isinstance(self.rank, str):
             return max(1, min(smaller_side, math.floor(Fraction(self.rank) * smaller_side)))
         return min(self.rank, smaller_side)
+
+    @property
+    def weight_of_residual(self) -> float:
+        """Of the gradient's part outside the basis, in `qh_mode` "factored"."""
+        return 1.0 - self.omega if self.residual_weight is None else self.residual_weight
 
     def least_participants(self, replicas: int) -> int:
         """Finite replicas that a sync needs: at least 1, at most all."""

@@ -254,6 +254,7 @@ class LoRDO(torch.optim.Optimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             omega=self.config.omega,
+            residual_weight=self.config.weight_of_residual,
             qh_mode=self.config.qh_mode,
             step=fragment.step + 1,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lordo_ds.config import OuterOptimizer
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.sync import OuterSync
 from lordo_ds.handle import RunHandle
@@ -86,6 +87,15 @@ def status_of(hook: RunHandle) -> dict[str, Any]:
     }
 
 
+def _outer_in_words(outer: OuterOptimizer) -> str:
+    if outer.is_plain_average:
+        return "plain average"
+    words = f"lr {outer.lr:g}, momentum {outer.momentum:g}" + (" (Nesterov)" if outer.nesterov else "")
+    if outer.residual_gain != 1.0:
+        words += f", gain {outer.residual_gain:g} outside the basis"
+    return words + (", matrices orthogonalized" if outer.orthogonalize else "")
+
+
 def describe_start(hook: RunHandle) -> list[str]:
     """The start-up table: mesh, what is projected and why, state by kind."""
     now = status_of(hook)
@@ -98,6 +108,7 @@ def describe_start(hook: RunHandle) -> list[str]:
         f"ZeRO stage {now['zero_stage']}; "
         f"sync every {config.sync_interval} steps; {config.qh_mode}, omega {config.omega:g}, basis from "
         f"{config.basis_source} ({config.basis_update}), {config.projection} projection",
+        f"LoRDO: outer step: {_outer_in_words(config.outer)}",
         f"LoRDO: {now['low_rank_parameters']} parameters low-rank ({now['low_rank_elements']:,} elements), "
         f"{now['dense_parameters']} dense ({now['dense_elements']:,} elements)",
     ]

@@ -12,7 +12,17 @@ from lordo_ds.checkpoint import CheckpointError, ReshapedRun, SavedRun, open_run
 from lordo_ds.checkpoint.export import EXPORT_DTYPES, export_hf, export_safetensors
 from lordo_ds.checkpoint.portable import write_portable
 
-_SHOWN_SETTINGS = ("rank", "sync_interval", "qh_mode", "omega", "projection", "basis_source", "error_feedback", "outer")
+_SHOWN_SETTINGS = (
+    "rank",
+    "sync_interval",
+    "qh_mode",
+    "omega",
+    "residual_weight",
+    "projection",
+    "basis_source",
+    "error_feedback",
+    "outer",
+)
 
 
 def add_to(commands: Any) -> None:

@@ -14,7 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepSettings:
-    """Numbers of one inner step. `step` is t, the count of executed steps including this one."""
+    """Numbers of one inner step. `step` is t, the count of executed steps including this one.
+
+    `residual_weight` is w, of the part of the gradient outside the basis, in mode `factored`.
+    """
 
     lr: float
     betas: tuple[float, float]
@@ -23,6 +26,7 @@ class StepSettings:
     omega: float
     qh_mode: str
     step: int
+    residual_weight: float
 
     @property
     def bias_corrections(self) -> tuple[float, float]:
@@ -108,7 +112,7 @@ def apply_update_(weight: Tensor, gradient: Tensor, basis: Tensor, update: Updat
 
         full_rank  W -= lr [ (1-omega) G / mean_r(den) + omega Q N ]
         none, low_rank  W -= lr Q x
-        factored   W -= lr [ Q x + (1-omega) (G - Q Q^T G) / (sqrt(rh ch^T / mean(rh)) + eps) ]
+        factored   W -= lr [ Q x + w (G - Q Q^T G) / (sqrt(rh ch^T / mean(rh)) + eps) ]
 
     Source of the factored preconditioner: Adafactor, arXiv 1804.04235.
 
@@ -129,7 +133,7 @@ def apply_update_(weight: Tensor, gradient: Tensor, basis: Tensor, update: Updat
         # Both are laid out in memory like the tile, which may be transposed: mixed layouts take four times as long.
         preconditioner = torch.mul(share.unsqueeze(1), col, out=torch.empty_like(weight)).add_(settings.eps)
         residual = torch.addmm(gradient, basis, update.gradient, alpha=-1.0, out=torch.empty_like(weight))
-        weight.addcdiv_(residual, preconditioner, value=-settings.lr * (1.0 - settings.omega))
+        weight.addcdiv_(residual, preconditioner, value=-settings.lr * settings.residual_weight)
 
 
 def adamw_step_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, settings: StepSettings) -> None:

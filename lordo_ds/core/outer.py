@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,37 @@ def pseudo_gradient(anchor: Tensor, weight: Tensor, out: Tensor | None = None) -
     """
     anchor = anchor.to(device=weight.device, dtype=weight.dtype, non_blocking=True)
     return torch.sub(anchor, weight, out=out)
+
+
+# Odd quintic a x + b x^3 + c x^5 that takes singular values in (0, 1] to about 1 in few iterations: Muon,
+# https://kellerjordan.github.io/posts/muon.
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+
+
+def with_residual_gain(matrix: Tensor, basis: Tensor, gain: float) -> Tensor:
+    """Q Q^T D + gain (I - Q Q^T) D for D (s, l) and orthonormal Q (s, r)."""
+    return torch.addmm(matrix, basis, basis.mT @ matrix, beta=gain, alpha=1.0 - gain)
+
+
+def orthogonalized(matrix: Tensor, summed: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
+    """The matrix with all its singular values brought to about the same size, and its Frobenius norm kept.
+
+    Newton-Schulz iterations, as Muon's: X <- (a I + b X X^T + c (X X^T)^2) X from X / |X|_F. Singular values below
+    about 1/500 of the norm are not brought up all the way.
+
+    Args:
+        matrix: (s, l), s <= l, or some of its columns.
+        summed: the sum over those that hold the other columns; of a norm, and of (s, s) in every iteration.
+    """
+    norm = summed(matrix.square().sum().reshape(1)).sqrt()
+    x = matrix / torch.where(norm > 0, norm, 1.0)  # a zero matrix stays zero
+    a, b, c = _QUINTIC
+    for _ in range(_ITERATIONS):
+        gram = summed(x @ x.mT)
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    length = summed(x.square().sum().reshape(1)).sqrt()
+    return x * (norm / torch.where(length > 0, length, 1.0))
 
 
 def outer_update(mean: Tensor, momentum: Tensor | None, outer: OuterOptimizer) -> Tensor:

@@ -131,7 +131,8 @@ class Reference:
             rh, ch = S["row"] / c2, S["col"] / c2
             if rh.mean() > 0:
                 P = G - Q @ (Q.T @ G)
-                W -= lr * (1 - omega) * P / (torch.sqrt(torch.outer(rh, ch) / rh.mean()) + self.config.eps)
+                scale = torch.sqrt(torch.outer(rh, ch) / rh.mean()) + self.config.eps
+                W -= lr * self.config.weight_of_residual * P / scale
 
     def _sync(self, plan: SyncPlan, gradients: list[dict[str, Tensor] | None]) -> None:
         """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
@@ -149,12 +150,7 @@ class Reference:
                 continue
             own = {m: self.anchor[p.name] - self.weights[m][p.name] for m in finite}
             D = torch.stack(list(own.values())).mean(0)
-            outer, step = self.config.outer, D
-            if not plan.plain_average:
-                mu = outer.momentum
-                self.momentum[p.name] = mu * self.momentum[p.name] + D
-                step = outer.lr * (D + mu * self.momentum[p.name] if outer.nesterov else self.momentum[p.name])
-            self.anchor[p.name] = self.anchor[p.name] - step
+            self.anchor[p.name] = self.anchor[p.name] - self._outer(p, plan, D, self.state[finite[0]][p.name]["Q"])
             for m in range(self.M):
                 self.weights[m][p.name].copy_(self.anchor[p.name])
             self._common_steps(p, finite)
@@ -175,6 +171,29 @@ class Reference:
                 self.state[m][p.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in donor.items()}
                 if p.low_rank:
                     self.state[m][p.name]["E"].zero_()
+
+    def _outer(self, p: ParameterPlan, plan: SyncPlan, D: Tensor, Q: Tensor | None) -> Tensor:
+        outer, mu = self.config.outer, self.config.outer.momentum
+        if plan.plain_average:
+            return D
+        if Q is not None:
+            inside = Q @ Q.T @ p.orient(D)
+            D = p.orient(inside + outer.residual_gain * (p.orient(D) - inside))
+        m = self.momentum[p.name] = mu * self.momentum[p.name] + D
+        step = outer.lr * (D + mu * m if outer.nesterov else m)
+        return p.orient(self._orthogonalized(p.orient(step))) if p.low_rank and outer.orthogonalize else step
+
+    @staticmethod
+    def _orthogonalized(D: Tensor) -> Tensor:
+        """Five iterations of X <- a X + b (X X^T) X + c (X X^T)^2 X, from D / |D|_F; then the norm of D again."""
+        if D.norm() == 0:
+            return D
+        X = D / D.norm()
+        for _ in range(5):
+            A: Tensor = X @ X.T
+            X = 3.4445 * X - 4.7750 * A @ X + 2.0315 * A @ A @ X
+        scaled: Tensor = X * D.norm() / X.norm()
+        return scaled
 
     def _is_finite(self, m: int) -> bool:
         tensors = list(self.weights[m].values())

@@ -226,6 +226,25 @@ class Fragment:
         self.state["has_basis"] = True
 
 
+    # -- a whole matrix ------------------------------------------------------------------------------
+
+    def whole_matrix(self, elements: Tensor) -> Tensor:
+        """The matrix (s, l) of elements laid out like the fragment; of tensor slices, this one's columns."""
+        if self.comm.size == 1:
+            return self.plan.orient(elements.view(self.plan.shape))
+        whole = elements.new_zeros(self.plan.basis_side, self.plan.other_side)
+        for tile in self.tiles:
+            whole[tile.s_whole, tile.l_whole] = tile.view(elements)
+        return self.comm.sum_(whole, "basis")
+
+    def own_elements(self, whole: Tensor) -> Tensor:
+        """This rank's elements of a matrix (s, l), laid out like the fragment."""
+        elements = whole.new_empty(self.numel)
+        for tile in self.tiles:
+            tile.view(elements).copy_(whole[tile.s_whole, tile.l_whole])
+        return elements
+
+
 class ShardedMatrix:
     """A `LeftMatrix` whose elements lie on the shards and tensor slices like a fragment's; `shape` is its own part.
 
@@ -264,10 +283,7 @@ class ShardedMatrix:
         return self.slices.sum_(comm.sum_(image, "basis"), "basis").div_(scale)
 
     def full(self, scale: float) -> Tensor:
-        whole = self.elements.new_zeros(self.shape)
-        for tile in self.fragment.tiles:
-            whole[tile.s_whole, tile.l_whole] = tile.view(self.elements)
-        self.fragment.comm.sum_(whole, "basis").div_(scale)
+        whole = self.fragment.whole_matrix(self.elements) / scale
         # The slices lie along l, whose order the left space does not depend on.
         parts = self.slices.gather(whole.flatten(), "basis")
         return parts.view(self.slices.size, *whole.shape).transpose(0, 1).reshape(whole.shape[0], -1)

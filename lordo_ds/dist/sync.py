@@ -12,7 +12,7 @@ from torch import Tensor
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.outer import outer_update, pseudo_gradient
+from lordo_ds.core.outer import orthogonalized, outer_update, pseudo_gradient, with_residual_gain
 from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.dist.bases import Bases
 from lordo_ds.dist.checksum import checksum
@@ -221,8 +221,23 @@ class OuterSync:
         if self.wire.replicas > 1 or not plan.plain_average:
             momentum = None if plan.plain_average else item.state["outer_momentum"]
             item.weight.copy_(anchor)
-            item.weight.sub_(outer_update(mean, momentum, self.config.outer))
+            if item.plan.low_rank and momentum is not None and self.config.outer.needs_matrices:
+                item.weight.sub_(self._outer_update_of_matrix(item, mean, momentum))
+            else:
+                item.weight.sub_(outer_update(mean, momentum, self.config.outer))
         anchor.copy_(item.weight)
+
+    def _outer_update_of_matrix(self, item: Fragment, mean: Tensor, momentum: Tensor) -> Tensor:
+        """`outer_update` with what needs the matrix as one. Collective over the ranks that hold parts of it."""
+        outer = self.config.outer
+        if outer.residual_gain != 1.0 and item.has_basis:
+            matrix = with_residual_gain(item.whole_matrix(mean), item.whole_basis(), outer.residual_gain)
+            mean = item.own_elements(matrix)
+        update = outer_update(mean, momentum, outer)
+        if not outer.orthogonalize:
+            return update
+        matrix = item.whole_matrix(update)
+        return item.own_elements(orthogonalized(matrix, lambda part: item.slices.sum_(part, "outer")))
 
     def _basis_matrix(
         self, item: Fragment, means: dict[int, Tensor], gives_gradient: list[int], takes_part: bool

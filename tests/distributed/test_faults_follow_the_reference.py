@@ -24,6 +24,8 @@ OUTERS: list[dict[str, Any]] = [
     {},
     {"lr": 0.7, "momentum": 0.7},
     {"lr": 0.5, "momentum": 0.3, "nesterov": False},
+    {"momentum": 0.5, "orthogonalize": True},
+    {"momentum": 0.5, "orthogonalize": True, "residual_gain": 2.0},
 ]
 Faults = AbstractSet[tuple[int, int]]  # (attempted step, replica)
 
@@ -50,6 +52,8 @@ def drawn_settings(draw: random.Random) -> dict[str, Any]:
         "max_left_out_syncs": "never",
         "min_participants": draw.choice(["1/2", 1, 2]),
     }
+    if settings["projection"] == "local":
+        settings["outer"] = {key: value for key, value in settings["outer"].items() if key != "residual_gain"}
     if settings["basis_source"] == "complement" and settings["qh_mode"] in ("low_rank", "none"):
         settings["qh_mode"] = "full_rank"
     return settings

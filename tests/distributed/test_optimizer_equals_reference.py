@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 STEPS = 10
 BASE = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "rank": 3, "sync_interval": 3}
 OUTER = {"lr": 0.7, "momentum": 0.7}
+SPECTRAL = {"lr": 1.0, "momentum": 0.7, "orthogonalize": True, "residual_gain": 2.0}
 CASES: dict[str, dict[str, Any]] = {
     "paper": {},
     "recommended": {"preset": "recommended"},
@@ -35,6 +36,10 @@ CASES: dict[str, dict[str, Any]] = {
         "qh_mode": "none",
         "error_feedback": "fp32",
     },
+    "orthogonalized": {"qh_mode": "factored", "residual_weight": 0.3, "outer": {**OUTER, "orthogonalize": True}},
+    "residual_gain": {"outer": {"lr": 0.9, "residual_gain": 2.5}},
+    "spectral": {"qh_mode": "factored", "omega": 0.9, "residual_weight": 0.25, "outer": SPECTRAL},
+    "spectral_warm_up": {"sync_warmup_steps": 4, "outer": {**SPECTRAL, "nesterov": False}},
     "gradient_outer": {"basis_source": "gradient", "outer": OUTER},
     "local": {"projection": "local", "qh_mode": "factored"},
     "local_gradient": {"projection": "local", "basis_source": "gradient", "error_feedback": "fp32"},

@@ -34,6 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "factored_error_feedback": {"qh_mode": "factored", "error_feedback": "fp32"},
     "low_rank_error_feedback": {"qh_mode": "low_rank", "error_feedback": "fp32"},
     "none_error_feedback": {"qh_mode": "none", "error_feedback": "fp32"},
+    "spectral": {
+        "qh_mode": "factored",
+        "residual_weight": 0.25,
+        "outer": {"momentum": 0.7, "orthogonalize": True, "residual_gain": 2.0},
+    },
     "eigh": {"basis_update": "eigh"},
     "svd_rank_above_the_smaller_side": {"basis_update": "svd", "rank": 64},
     "complement": {"basis_source": "complement", "error_feedback": "fp32", "rank": 2},

@@ -27,6 +27,11 @@ LAYOUTS = [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
 STAGES = (0, 1, 2, 3)
 CASES: dict[str, dict[str, Any]] = {
     "paper": {},
+    "spectral": {
+        "qh_mode": "factored",
+        "residual_weight": 0.25,
+        "outer": {"momentum": 0.7, "orthogonalize": True, "residual_gain": 2.0},
+    },
     "error_feedback": {"error_feedback": "fp32", "qh_mode": "factored", "outer": {"lr": 0.7, "momentum": 0.7}},
 }
 

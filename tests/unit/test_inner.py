@@ -30,7 +30,9 @@ from lordo_ds.dist.inner_step import step_fragments_
 from lordo_ds.dist.inside import InsideReplica
 
 MODES = ("full_rank", "factored", "low_rank", "none")
-SETTINGS = StepSettings(lr=0.1, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, omega=0.4, qh_mode="none", step=1)
+SETTINGS = StepSettings(
+    lr=0.1, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, omega=0.4, qh_mode="none", step=1, residual_weight=0.6
+)
 S, L, R = 6, 9, 2
 
 
@@ -74,6 +76,8 @@ class Matrix:
         stored = self.store(gradient)
         before = stored.clone()
         settings_now = replace(SETTINGS, qh_mode=self.mode, **changes)
+        if "residual_weight" not in changes:
+            settings_now = replace(settings_now, residual_weight=1.0 - settings_now.omega)
         step_fragments_([self.fragment], [stored.view(-1)], [settings_now], self.fragment.inside, measure)
         assert torch.equal(stored, before)
 

@@ -35,7 +35,7 @@ def stepped(mode: str, feedback: Any) -> dict[str, dict[str, Tensor]]:
         fragments.append(fragment)
     for step in (1, 2, 3):
         gradients = [torch.randn(9 * 6, generator=generator)[: fragment.numel] for fragment in fragments]
-        one = StepSettings(0.1, (0.9, 0.99), 1e-6, 0.1, omega=0.4, qh_mode=mode, step=step)
+        one = StepSettings(0.1, (0.9, 0.99), 1e-6, 0.1, omega=0.4, qh_mode=mode, step=step, residual_weight=0.6)
         settings = [one, one, replace(one, lr=0.02), one]
         inner_step.step_fragments_(fragments, gradients, settings, InsideReplica(), measure=False)
     for fragment in fragments:
