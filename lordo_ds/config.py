@@ -97,11 +97,12 @@ class Streaming(_Block):
 PRESETS: dict[str, dict[str, Any]] = {
     # The published form of LoRDO (arXiv 2602.04396).
     "paper": {},
-    # What the project's own measurements support best (README, "Tuning").
+    # What the project's own measurements support best (docs/claims.md).
     "recommended": {
         "qh_mode": "factored",
-        "omega": 0.5,
-        "outer": {"lr": 0.7, "momentum": 0.7, "nesterov": True},
+        "omega": 0.9,
+        "residual_weight": 0.25,
+        "outer": {"lr": 1.0, "momentum": 0.7, "nesterov": True, "orthogonalize": True, "residual_gain": 2.0},
     },
 }
 
@@ -151,7 +152,11 @@ class LordoConfig(_Block):
         if not isinstance(params, Mapping):
             raise ConfigError(f"LoRDO: optimizer.params = {params!r:.80} must be an object of keys and values")
         preset = params.get("preset", "paper")
-        defaults = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        defaults = dict(PRESETS.get(preset, {})) if isinstance(preset, str) else {}
+        if params.get("qh_mode", "factored") != "factored":  # what a preset sets must not forbid what is given
+            defaults.pop("residual_weight", None)
+        if params.get("projection") == "local" and "outer" in defaults:
+            defaults["outer"] = {key: value for key, value in defaults["outer"].items() if key != "residual_gain"}
         try:
             return cls.model_validate({**defaults, **params})
         except ValidationError as error:

@@ -86,7 +86,7 @@ def test_every_stage_saves_the_same_whole_state(saved: Any) -> None:
                 for key, value in expected.items():
                     if isinstance(value, Tensor):
                         assert value.shape == other[key].shape and value.dtype == other[key].dtype, (name, key)
-                        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
+                        torch.testing.assert_close(other[key], value, rtol=1e-3, atol=5e-5)
                     else:
                         assert other[key] == value
 

@@ -100,6 +100,9 @@ ILLEGAL: list[tuple[dict[str, Any], str, Any]] = [
     ({"min_participants": "3/2"}, "min_participants", "3/2"),
     ({"min_participants": "half"}, "min_participants", "half"),
     ({"min_participants": 0.5}, "min_participants", 0.5),
+    ({"qh_mode": "factored", "residual_weight": -0.1}, "residual_weight", -0.1),
+    ({"outer": {"residual_gain": 0}}, "outer.residual_gain", 0),
+    ({"outer": {"orthogonalize": 1}}, "outer.orthogonalize", 1),
     ({"sync_timeout_s": 0}, "sync_timeout_s", 0),
     ({"sync_timeout_s": INF}, "sync_timeout_s", INF),
     ({"sync_timeout_s": "10 min"}, "sync_timeout_s", "10 min"),
@@ -236,11 +239,13 @@ def test_the_defaults_are_those_of_the_contract() -> None:
 
 def test_the_presets_set_their_keys_and_keys_beside_a_preset_win() -> None:
     recommended = LordoConfig.parse({"preset": "recommended"})
-    assert (recommended.qh_mode, recommended.omega) == ("factored", 0.5)
-    assert recommended.outer == OuterOptimizer(lr=0.7, momentum=0.7, nesterov=True)
+    assert (recommended.qh_mode, recommended.omega, recommended.residual_weight) == ("factored", 0.9, 0.25)
+    assert recommended.outer == OuterOptimizer(lr=1.0, momentum=0.7, orthogonalize=True, residual_gain=2.0)
     own = LordoConfig.parse({"preset": "recommended", "qh_mode": "none", "outer": {"lr": 0.5}, "rank": 3})
-    assert (own.qh_mode, own.rank, own.preset) == ("none", 3, "recommended")
+    assert (own.qh_mode, own.rank, own.preset, own.residual_weight) == ("none", 3, "recommended", None)
     assert own.outer == OuterOptimizer(lr=0.5)  # a block is given whole, not merged key by key
+    local = LordoConfig.parse({"preset": "recommended", "projection": "local"})
+    assert local.outer == OuterOptimizer(lr=1.0, momentum=0.7, orthogonalize=True)
     assert LordoConfig.parse({"preset": "paper"}) == LordoConfig.parse({})
     assert set(PRESETS) == {"paper", "recommended"}
 
@@ -253,7 +258,7 @@ def test_parsing_leaves_the_given_block_alone() -> None:
     params = {"preset": "recommended", "outer": {"lr": 0.5}}
     LordoConfig.parse(params)
     assert params == {"preset": "recommended", "outer": {"lr": 0.5}}
-    assert PRESETS["recommended"]["outer"] == {"lr": 0.7, "momentum": 0.7, "nesterov": True}
+    assert PRESETS["recommended"]["outer"]["lr"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -293,6 +298,8 @@ def test_error_feedback_is_off_or_a_precision(value: Any) -> None:
         ({"lr": 0.5}, False),
         ({"momentum": 0.1}, False),
         ({"lr": 1.0, "momentum": 0.0}, True),
+        ({"orthogonalize": True}, False),
+        ({"residual_gain": 2.0}, False),
     ],
 )
 def test_plain_averaging_is_an_outer_step_of_one_without_momentum(outer: dict[str, Any], plain: bool) -> None:
@@ -312,6 +319,14 @@ def test_plain_averaging_is_an_outer_step_of_one_without_momentum(outer: dict[st
 def test_settings_survive_json(params: dict[str, Any]) -> None:
     config = LordoConfig.parse(params)
     assert LordoConfig.parse(json.loads(json.dumps(config.model_dump(mode="json")))) == config
+
+
+def test_the_weight_of_the_residual_is_what_omega_leaves_unless_it_is_given() -> None:
+    assert LordoConfig.parse({"omega": 0.75}).weight_of_residual == 0.25
+    assert LordoConfig.parse({"qh_mode": "factored", "omega": 0.75, "residual_weight": 0.4}).weight_of_residual == 0.4
+    assert 'qh_mode = "full_rank": leave it out' in complaint({"residual_weight": 0.4})
+    local = complaint({"projection": "local", "outer": {"residual_gain": 2.0}})
+    assert "needs one basis for all replicas" in local
 
 
 def test_settings_cannot_be_changed_afterwards() -> None:

@@ -106,7 +106,8 @@ def test_equal_runs_have_equal_ids_however_they_are_written() -> None:
     short = RunSpec(**base, settings={"rank": 4})  # type: ignore[arg-type]
     long = RunSpec(**base, settings={"rank": 4, "omega": 0.5, "qh_mode": "full_rank", "lr": 9.0})  # type: ignore[arg-type]
     preset = RunSpec(**base, settings={"rank": 4, "preset": "recommended"})  # type: ignore[arg-type]
-    written = {"qh_mode": "factored", "outer": {"lr": 0.7, "momentum": 0.7}}
+    outer = {"lr": 1.0, "momentum": 0.7, "orthogonalize": True, "residual_gain": 2.0}
+    written = {"qh_mode": "factored", "omega": 0.9, "residual_weight": 0.25, "outer": outer}
     assert short.id == long.id and short.cell == long.cell != preset.cell
     assert preset.id == RunSpec(**base, settings={"rank": 4, **written}).id  # type: ignore[arg-type]
     again = RunSpec.from_json(short.to_json())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lordo_ds.config import OuterOptimizer
-from lordo_ds.core.outer import outer_update, pseudo_gradient
+from lordo_ds.core.outer import orthogonalized, outer_update, pseudo_gradient, with_residual_gain
 
 
 def tensor(*values: float) -> Tensor:
@@ -53,3 +53,43 @@ def test_the_buffer_is_kept_in_its_own_precision() -> None:
     update = outer_update(tensor(8, 4), momentum, OuterOptimizer(lr=0.25, momentum=0.5))
     assert update.dtype == torch.float64 and torch.equal(update, tensor(3, 1.5))
     assert momentum.dtype == torch.float32 and torch.equal(momentum, torch.tensor([8.0, 4.0]))
+
+
+def matrix(rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_residual_gain_enlarges_what_lies_outside_the_basis_and_nothing_else() -> None:
+    D, Q = matrix(6, 9), torch.linalg.qr(matrix(6, 2, seed=1)).Q
+    gained = with_residual_gain(D, Q, 2.5)
+    inside = Q @ (Q.mT @ D)
+    torch.testing.assert_close(gained, inside + 2.5 * (D - inside))
+    torch.testing.assert_close(Q.mT @ gained, Q.mT @ D)
+
+
+def test_orthogonalized_keeps_the_norm_and_the_spaces_and_brings_singular_values_to_one_size() -> None:
+    left, right = torch.linalg.qr(matrix(6, 6)).Q, torch.linalg.qr(matrix(9, 6, seed=1)).Q
+    D = left @ torch.diag(tensor(9, 5, 2, 1, 0.3, 0.1)) @ right.mT
+    result = orthogonalized(D)
+    torch.testing.assert_close(result.norm(), D.norm())
+    found = left.mT @ result @ right
+    values = found.diagonal()
+    torch.testing.assert_close(found, torch.diag(values))  # the same left and right directions, none turned round
+    assert 0 < float(values.max() / values.min()) < 2  # it was 90
+
+
+def test_a_matrix_cut_along_its_columns_is_orthogonalized_as_the_whole() -> None:
+    D = matrix(6, 9)
+    parts = [part.contiguous() for part in D.split(3, dim=1)]
+    # The sums that three holders would make, one after the other: each is asked for in the order of the iterations.
+    sums: list[Tensor] = []
+    whole = orthogonalized(D, lambda part: sums.append(part.clone()) or part)
+    for index, part in enumerate(parts):
+        given = iter(sums)
+        torch.testing.assert_close(orthogonalized(part, lambda _: next(given)), whole[:, 3 * index : 3 * index + 3])  # noqa: B023
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_orthogonalized_leaves_zeros_zero_and_a_single_direction_as_it_is(rank: int) -> None:
+    D = matrix(6, rank) @ matrix(rank, 9)
+    torch.testing.assert_close(orthogonalized(D), D)
