@@ -62,6 +62,12 @@ class ReplicatedGpt:
         return mean_losses(self.weights, self.size, tokens, self.cos, self.sin)
 
     @torch.no_grad()
+    def logits(self, m: int, tokens: Tensor) -> Tensor:
+        """Replica m's logits for the token after each of (N, T): (N, T, vocab)."""
+        one = {name: stack.detach()[m : m + 1] for name, stack in self.weights.items()}
+        return all_logits(one, self.size, tokens.unsqueeze(0), self.cos, self.sin).view(*tokens.shape, -1)
+
+    @torch.no_grad()
     def evaluate(self, m: int, tokens: Tensor, at_once: int) -> float:
         """Mean loss of replica m's weights on (N, T + 1) tokens."""
         one = {name: stack.detach()[m : m + 1] for name, stack in self.weights.items()}
@@ -107,17 +113,22 @@ def _rotations(length: int, head: int, device: torch.device) -> tuple[Tensor, Te
 def mean_losses(weights: dict[str, Tensor], size: Size, tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each replica's mean loss: (M,). tokens (M, B, T + 1)."""
     inputs, labels = tokens[..., :-1], tokens[..., 1:]
+    logits = all_logits(weights, size, inputs, cos, sin)
+    nats = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return nats.view(len(inputs), -1).mean(1)
+
+
+def all_logits(weights: dict[str, Tensor], size: Size, inputs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(M, B * T, vocab) of (M, B, T) tokens."""
     M, B, T = inputs.shape
     table = weights["embedding.weight"]
-    first = torch.arange(M, device=tokens.device).view(M, 1, 1) * size.vocab
+    first = torch.arange(M, device=inputs.device).view(M, 1, 1) * size.vocab
     x = functional.embedding(inputs + first, table.flatten(0, 1)).view(M, B * T, size.hidden)
     for i in range(size.layers):
         layer = f"layers.{i}."
         x = x + _attention(weights, layer, _norm(x, weights[layer + "attention_norm.weight"]), size, B, cos, sin)
         x = x + _mlp(weights, layer, _norm(x, weights[layer + "mlp_norm.weight"]))
-    logits = torch.bmm(_norm(x, weights["final_norm.weight"]), table.mT)
-    nats = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return nats.view(M, B * T).mean(1)
+    return torch.bmm(_norm(x, weights["final_norm.weight"]), table.mT)
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from _experiment_plots import draw_claim
 from _experiment_results import Row
 from _experiment_summary import Line, difference, lines_of, pooled_noise
+from _experiment_tasks import TASKS
 
 MARK = "<!-- report: what stands below is written by experiment.py -->"
 _HEAD = ["method", "lr", "seeds", "validation loss", "perplexity", "MB sent", "of DDP's", "state, KB (+ host)"]
@@ -31,7 +33,9 @@ baselines that average at every step are charged the coordinates of their gradie
 GPU, are counted apart. Differences are paired over seeds, ± their standard error."""
 
 
-def write_report(rows: list[Row], document: dict[str, Any], prefix: Path, commands: list[str]) -> Path:
+def write_report(
+    rows: list[Row], answered: list[dict[str, Any]], document: dict[str, Any], prefix: Path, commands: list[str]
+) -> Path:
     """`prefix`.md, and `prefix`_<claim>.png for every claim with results; text above the mark is kept."""
     page = prefix.with_name(prefix.name + ".md")
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -43,6 +47,8 @@ def write_report(rows: list[Row], document: dict[str, Any], prefix: Path, comman
             picture = prefix.with_name(f"{prefix.name}_{name}.png")
             draw_claim(lines, claim.get("report", {}), claim.get("title", name), picture)
             parts.append(_section(name, claim, lines, picture.name))
+            if any(row["cell"] == line.cell for row in answered for line in lines):
+                parts.append(_tasks(lines, answered))
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
@@ -115,6 +121,25 @@ def _costs(line: Line, ddp: float) -> list[str]:
     saved = f"1/{ddp / sent:.1f}" if sent else "0"
     held = f"{(state - host) / 1e3:,.0f}" + (f" + {host / 1e3:,.0f}" if host else "")
     return [f"{sent / 1e6:,.1f}", saved, held]
+
+
+def _tasks(lines: list[Line], answered: list[dict[str, Any]]) -> str:
+    """Accuracies of the lines that answered, means over seeds."""
+    by_cell: dict[str, list[dict[str, Any]]] = {}
+    for row in answered:
+        by_cell.setdefault(row["cell"], []).append(row)
+    body = []
+    for line in lines:
+        rows = by_cell.get(line.cell, [])
+        means = [f"{fmean(row[task] for row in rows):.3f}" for task in TASKS] if rows else []
+        body += [[line.name, str(len(rows)), *means]] if rows else []
+    first = answered[0]
+    body.append(["*guessing*", "", *(f"{first[task + '_chance']:.3f}" for task in TASKS)])
+    error = 0.5 / first["items"] ** 0.5
+    return (
+        f"Held-out tasks, {first['items']:.0f} items each, accuracy (standard error of one run at most {error:.3f}); "
+        "what they ask: `launchers/_experiment_tasks.py`.\n\n" + markdown(["method", "seeds", *TASKS], body)
+    )
 
 
 def _diagnostics(lines: list[Line]) -> str:

@@ -16,6 +16,7 @@ from _experiment_measures import spectra
 from _experiment_model import SIZES, ReplicatedGpt, shapes
 from _experiment_replicas import Replicas
 from _experiment_spec import RunSpec
+from _experiment_tasks import evaluate_tasks
 from torch import Tensor
 
 from lordo_ds.config import OuterOptimizer
@@ -171,6 +172,14 @@ class Run:
         assert sync is not None
         return sync.items
 
+    def tasks(self, items: int) -> dict[str, float]:
+        """Accuracies in held-out tasks; see `_experiment_tasks`."""
+
+        def logits(tokens: Tensor) -> Tensor:
+            return self.model.logits(0, tokens.to(self.device)).cpu()
+
+        return evaluate_tasks(self.text, self.size.seq_length, self.size.vocab, logits, items)
+
     def bytes_sent(self) -> tuple[int, int]:
         """Bytes one rank sent in the run, and what all-reducing whole gradients at every step would have sent.
 
@@ -243,8 +252,12 @@ def _round(value: float) -> float:
     return float(f"{value:.5g}")
 
 
-def execute(spec: RunSpec, device: str = "cpu") -> dict[str, Any]:
-    """Train, validate, and return the row. Equal specs give equal rows on equal hardware, `wall_s` aside."""
+def execute(spec: RunSpec, device: str = "cpu", tasks: int = 0) -> dict[str, Any]:
+    """Train, validate, and return the row. Equal specs give equal rows on equal hardware, `wall_s` aside.
+
+    Args:
+        tasks: held-out items of each task to answer at the end; their accuracies come under "tasks".
+    """
     torch.set_num_threads(1)
     if device.startswith("cuda"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic matrix products ask for
@@ -253,6 +266,7 @@ def execute(spec: RunSpec, device: str = "cpu") -> dict[str, Any]:
     run = Run(spec, torch.device(device))
     try:
         finished = run.train()
-        return run.row(finished, time.perf_counter() - began)
+        row = run.row(finished, time.perf_counter() - began)
+        return {**row, "tasks": run.tasks(tasks)} if tasks else row
     finally:
         run.replicas.close()

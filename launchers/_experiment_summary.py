@@ -17,6 +17,7 @@ from _experiment_results import Row
 class Line:
     """One cell. `rows` are those at the chosen learning rate by seed; `grid` the first seed's losses by rate."""
 
+    cell: str
     method: str
     config: dict[str, Any]
     lr: float
@@ -70,7 +71,7 @@ def lines_of(rows: Iterable[Row], claim: str) -> list[Line]:
         lr = best_lr(grid)
         chosen = {row["seed"]: row for row in members if row["lr"] == lr}
         config = flat(json.loads(members[0]["config"]))
-        lines.append(Line(members[0]["method"], config, lr, grid, chosen))
+        lines.append(Line(members[0]["cell"], members[0]["method"], config, lr, grid, chosen))
     _name_variants(lines)
     return sorted(lines, key=lambda line: (line.mean, line.name))
 

@@ -7,6 +7,7 @@ results.csv and is not run again, so a command may be stopped and given again, w
 
     ... --report --docs docs/claims      tables and plots from results.csv alone
     ... --rerun 4a755d0e1d               one row again, compared with the first time
+    ... --tasks quality                  the chosen runs of a claim again, with held-out tasks at their end
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the runs that are left, in order, and stop")
     add("--report", action="store_true", help="run nothing: tables and plots from results.csv")
     add("--docs", type=Path, metavar="PREFIX", help="write the report to PREFIX.md and copy the CSV to PREFIX.csv")
+    add("--tasks", metavar="CLAIM", help="run a claim's chosen runs again and answer held-out tasks: tasks.csv")
     add("--rerun", metavar="ROW_ID", help="run one row again and compare")
     args = parser.parse_args(arguments)
     if args.jobs < 1:
@@ -117,6 +119,7 @@ def report(args: argparse.Namespace) -> int:
     from _experiment_grid import load_document
     from _experiment_report import write_report
     from _experiment_results import read_rows
+    from _experiment_tasks import read_tasks
 
     path = args.output / "results.csv"
     rows = read_rows(path)
@@ -125,11 +128,29 @@ def report(args: argparse.Namespace) -> int:
     history = args.output / "command.txt"
     commands = list(dict.fromkeys(history.read_text().splitlines())) if history.exists() else []
     prefix = args.docs or args.output / "report"
-    page = write_report(rows, load_document(args.grid, args.tier), prefix, commands)
+    answered = args.output / "tasks.csv"
+    page = write_report(rows, read_tasks(answered), load_document(args.grid, args.tier), prefix, commands)
     if args.docs:
         shutil.copyfile(path, prefix.with_name(prefix.name + ".csv"))
+        if answered.exists():
+            shutil.copyfile(answered, prefix.with_name(prefix.name + "_tasks.csv"))
     say(f"{len(rows)} runs -> {page}")
     return 0
+
+
+def tasks(args: argparse.Namespace) -> int:
+    """Held-out tasks for the runs at the chosen learning rates; 1 where one did not repeat itself."""
+    from _experiment_results import read_rows
+    from _experiment_summary import lines_of
+    from _experiment_tasks import run_tasks
+
+    path = args.output / "results.csv"
+    chosen = [row for line in lines_of(read_rows(path), args.tasks) for row in line.rows.values()]
+    if not chosen:
+        raise ValueError(f"{path}: no results of a claim {args.tasks!r}")
+    odd = run_tasks(chosen, args.output / "tasks.csv", args.jobs, args.device, say)
+    report(args)
+    return 1 if odd else 0
 
 
 def rerun(args: argparse.Namespace) -> int:
@@ -175,6 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the runs under way too
     try:
         args.device = choose_device(args.device)
+        if args.tasks:
+            return tasks(args)
         return rerun(args) if args.rerun else report(args) if args.report else run_grid(args)
     except ValueError as error:
         print(f"experiment.py: {error}", file=sys.stderr)

@@ -129,3 +129,54 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert "write it like 90s" in experiment(tmp_path, "--budget", "soon").stderr
     done = experiment(tmp_path, "--only", "qualty")
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("experiment.py:")
+
+
+def test_chosen_runs_answer_held_out_tasks_at_their_end(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    rows = (finished / "out" / "results.csv").read_text()
+    (tmp_path / "out" / "results.csv").write_text(rows)
+    for runs in (4, 0):  # two methods, two seeds; the second time nothing is left
+        done = experiment(tmp_path, "--tasks", "quality")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("continuation") == runs
+    with (tmp_path / "out" / "tasks.csv").open(newline="") as stream:
+        answers = list(csv.DictReader(stream))
+    assert len(answers) == 4 and all(0 < float(row["order"]) <= 1 for row in answers)
+    assert "| *guessing* |" in (tmp_path / "out" / "report.md").read_text()
+    # A run that does not end as its row says answers nothing.
+    loss = answers[0]["val_loss"]
+    (tmp_path / "out" / "results.csv").write_text(rows.replace(loss, "1.25"))
+    (tmp_path / "out" / "tasks.csv").unlink()
+    done = experiment(tmp_path, "--tasks", "quality")
+    assert done.returncode == 1 and "left out" in done.stdout
+    assert "no results of a claim 'nothing'" in experiment(tmp_path, "--tasks", "nothing").stderr
+
+
+@pytest.mark.parametrize(
+    ("page", "grid", "tier"),
+    [("claims", "claims", "small"), ("claims_1m", "claims", "full"), ("research", "research", "small")],
+)
+def test_the_committed_page_says_what_the_committed_rows_say(page: str, grid: str, tier: str, tmp_path: Path) -> None:
+    docs = ROOT / "docs"
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.csv").write_bytes((docs / f"{page}.csv").read_bytes())
+    answers = docs / f"{page}_tasks.csv"
+    if answers.exists():
+        (tmp_path / "out" / "tasks.csv").write_bytes(answers.read_bytes())
+    command = [
+        sys.executable,
+        str(ROOT / "launchers" / "experiment.py"),
+        str(ROOT / "configs" / "experiments" / f"{grid}.yaml"),
+    ]
+    command += ["--tier", tier, "--output", str(tmp_path / "out"), "--report", "--docs", str(tmp_path / page)]
+    done = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    def numbers(text: str) -> list[str]:
+        return [line for line in text.split("<!-- report")[1].splitlines() if not line.startswith("- command")]
+
+    assert numbers((tmp_path / f"{page}.md").read_text()) == numbers((docs / f"{page}.md").read_text())
+    pictures = sorted(
+        path.name for path in docs.glob(f"{page}_*.png") if page != "claims" or "claims_1m" not in path.name
+    )
+    assert pictures and pictures == sorted(path.name for path in tmp_path.glob("*.png"))
