@@ -27,13 +27,13 @@ def test_settings_are_valid(path: Path) -> None:
         assert optimizer["type"] == "AdamW" and optimizer["params"]["torch_adam"], "no CUDA build for a baseline"
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "lordo_recommended"])
+@pytest.mark.parametrize("name", [*BASELINES, "lordo_paper"])
 def test_all_differ_from_lordo_in_the_optimizer_only(name: str) -> None:
     ours, other = read("lordo"), read(name)
     shared = ("betas", "eps", "weight_decay")
     assert all(other["optimizer"]["params"][key] == ours["optimizer"]["params"][key] for key in shared)
     # An outer momentum of .7 with an outer rate of .7 multiplies the step by .7 / (1 - .7).
-    factor = 0.5 if name in ("diloco", "lordo_recommended") else 1.0
+    factor = 0.5 if name == "diloco" else 1.0
     assert other["optimizer"]["params"]["lr"] == factor * ours["optimizer"]["params"]["lr"]
     del ours["optimizer"], other["optimizer"]
     assert other == ours
@@ -44,9 +44,10 @@ def test_bf16_is_the_only_change_of_a_bf16_variant(name: str) -> None:
     assert read(f"{name}_bf16") == {**read(name), "bf16": {"enabled": True}}
 
 
-def test_the_default_is_the_papers_form_with_an_eighth_of_the_rank_and_a_sync_every_32_steps() -> None:
-    params = read("lordo")["optimizer"]["params"]
+@pytest.mark.parametrize(("name", "preset"), [("lordo", "recommended"), ("lordo_paper", "paper")])
+def test_lordo_has_an_eighth_of_the_rank_and_a_sync_every_32_steps(name: str, preset: str) -> None:
+    params = read(name)["optimizer"]["params"]
     config = LordoConfig.parse(params)
-    assert (config.preset, config.rank, config.sync_interval, config.replica_size) == ("paper", "1/8", 32, 1)
-    assert config.sync_warmup_steps == 0 and config.qh_mode == "full_rank" and config.outer.is_plain_average
+    assert (config.preset, config.rank, config.sync_interval, config.replica_size) == (preset, "1/8", 32, 1)
+    assert config.sync_warmup_steps == 0 and config.outer == LordoConfig.parse({"preset": preset}).outer
     assert "train_batch_size" not in read("lordo"), "any number of ranks must fit"
