@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts
 from lordo_ds.dist.inside import InsideReplica
-from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
 from lordo_ds.dist.wire import ReplicaWire
 from lordo_ds.optimizer import LoRDO
 
@@ -54,33 +54,19 @@ class VirtualWire(ReplicaWire):
         self.room, self.index = room, index
         self.size = self.replicas = room.barrier.parties
 
-    def sum_(self, tensor: Tensor, kind: str) -> Tensor:
-        if self.size > 1 and tensor.numel():
-            tensor.copy_(self.room.exchange(self.index, tensor, _summed))
-            self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.size))
-        return tensor
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
+        combine = _summed if operation == dist.ReduceOp.SUM else _largest
+        tensor.copy_(self.room.exchange(self.index, tensor, combine))
 
-    def max_(self, tensor: Tensor, kind: str) -> Tensor:
-        if self.size > 1:
-            tensor.copy_(self.room.exchange(self.index, tensor, lambda all_: torch.stack(all_).amax(0)))
-            self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.size))
-        return tensor
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        tensor.copy_(self.room.exchange(self.index, tensor, lambda all_: all_[source].clone()))
 
-    def broadcast_(self, tensor: Tensor, kind: str, source: int = 0) -> Tensor:
-        if self.size > 1 and tensor.numel():
-            tensor.copy_(self.room.exchange(self.index, tensor, lambda all_: all_[source].clone()))
-            if self.index == source:
-                self.ledger.add(kind, tensor.numel() * tensor.element_size())
-        return tensor
-
-    def gather(self, row: Tensor, kind: str) -> Tensor:
-        if self.size == 1 or not row.numel():
-            return row.unsqueeze(0).expand(self.size, -1)
-        self.ledger.add(kind, gather_bytes(row.numel() * row.element_size(), self.size))
+    def _all_gather(self, row: Tensor) -> Tensor:
         return self.room.exchange(self.index, row, torch.stack).clone()
 
-    def scatter_sum(self, rows: Tensor, kind: str) -> Tensor:
-        raise NotImplementedError("no two replicas share a shard: nothing scatters across them")
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).amax(0)
 
 
 def _summed(tensors: Sequence[Tensor]) -> Tensor:

@@ -41,7 +41,7 @@ from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
 
-_SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
+SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Elements of matrices stepped together: bounds the coordinates that exist at one time.
 STEP_BUCKET_NUMEL = 1 << 26
@@ -406,7 +406,7 @@ class LoRDO(torch.optim.Optimizer):
             counters=Counters(
                 attempted_steps=self.attempted_steps,
                 executed_steps=self.executed_steps,
-                **{name: getattr(sync, name) if sync else 0 for name in _SYNC_COUNTERS},
+                **{name: getattr(sync, name) if sync else 0 for name in SYNC_COUNTERS},
             ),
             bytes_sent=sync.wire.ledger.state_dict() if sync else {},
             rows=tuple(tuple(row) for row in sync.rows.pending) if sync else (),
@@ -491,7 +491,7 @@ class LoRDO(torch.optim.Optimizer):
         assert self.sync is not None
         self.attempted_steps, self.executed_steps = counters.attempted_steps, counters.executed_steps
         self.sync.bases.look_again()
-        for name in _SYNC_COUNTERS:
+        for name in SYNC_COUNTERS:
             setattr(self.sync, name, getattr(counters, name))
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))
         self.sync.rows.pending = [list(row) for row in rows]

@@ -24,18 +24,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions, ReduceOp
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
 from lordo_ds.adapters.hook import hook
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.dist.faults import Faults
-from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
 from lordo_ds.dist.wire import ReplicaWire, SyncError
-from lordo_ds.optimizer import LoRDO
+from lordo_ds.optimizer import SYNC_COUNTERS, LoRDO
 
 logger = logging.getLogger("lordo_ds")
-
-_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
 
 
 class Manager(Protocol):
@@ -68,41 +65,19 @@ class QuorumWire(ReplicaWire):
         self.replicas = self.size
         return before != (self.index, self.size)
 
-    def sum_(self, tensor: Tensor, kind: str) -> Tensor:
-        return self._reduce(tensor, kind, ReduceOp.SUM)
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
+        options = AllreduceOptions()
+        options.reduceOp = operation
+        self._quorum.allreduce([tensor], options).wait()
 
-    def max_(self, tensor: Tensor, kind: str) -> Tensor:
-        return self._reduce(tensor, kind, ReduceOp.MAX)
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        options = BroadcastOptions()
+        options.rootRank = source
+        self._quorum.broadcast([tensor], options).wait()
 
-    def _reduce(self, tensor: Tensor, kind: str, operation: Any) -> Tensor:
-        if self.size > 1 and tensor.numel():
-            options = AllreduceOptions()
-            options.reduceOp = operation
-            moved = tensor.contiguous()
-            self._quorum.allreduce([moved], options).wait()
-            if moved is not tensor:
-                tensor.copy_(moved)
-            self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.size))
-        return tensor
-
-    def broadcast_(self, tensor: Tensor, kind: str, source: int = 0) -> Tensor:
-        if self.size > 1 and tensor.numel():
-            options = BroadcastOptions()
-            options.rootRank = source
-            moved = tensor.contiguous()
-            self._quorum.broadcast([moved], options).wait()
-            if moved is not tensor:
-                tensor.copy_(moved)
-            if self.index == source:
-                self.ledger.add(kind, tensor.numel() * tensor.element_size())
-        return tensor
-
-    def gather(self, row: Tensor, kind: str) -> Tensor:
-        if self.size == 1 or not row.numel():
-            return row.unsqueeze(0).expand(self.size, -1)
+    def _all_gather(self, row: Tensor) -> Tensor:
         rows = [torch.empty_like(row) for _ in range(self.size)]
-        self._quorum.allgather([rows], [row.contiguous()], AllgatherOptions()).wait()
-        self.ledger.add(kind, gather_bytes(row.numel() * row.element_size(), self.size))
+        self._quorum.allgather([rows], [row], AllgatherOptions()).wait()
         return torch.stack(rows)
 
 
@@ -187,7 +162,7 @@ class Membership:
         assert sync is not None
         return {
             "items": {item.plan.name: {"weight": item.weight.clone(), **_copied(item.state)} for item in sync.items},
-            "counters": {name: getattr(sync, name) for name in _COUNTERS},
+            "counters": {name: getattr(sync, name) for name in SYNC_COUNTERS},
             "steps": [optimizer.attempted_steps, optimizer.executed_steps],
             "rows": [list(row) for row in sync.rows.pending],
         }
@@ -214,7 +189,7 @@ class Membership:
                     item.state[key].copy_(value)
                 elif key != "weight":
                     item.state[key] = value
-        for name in _COUNTERS:
+        for name in SYNC_COUNTERS:
             setattr(sync, name, state["counters"][name])
         optimizer.attempted_steps, optimizer.executed_steps = state["steps"]
         sync.rows.pending = [list(row) for row in state["rows"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ class Comm:
     """One group of ranks. Alone in it (`group` None), every operation is the identity and sends nothing.
 
     `kind` names in the ledger what was sent for. With NCCL, tensors that live on the host (offloaded optimizer
-    state) travel through the device.
+    state) travel through the device. What carries the bytes are `_all_reduce`, `_broadcast` and `_all_gather`: a
+    subclass whose ranks meet otherwise replaces these three.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, ledger: ByteLedger | None = None) -> None:
@@ -28,23 +30,21 @@ class Comm:
     def sum_(self, tensor: Tensor, kind: str) -> Tensor:
         """Sum over the ranks, in place; bitwise equal on all of them."""
         if self.size > 1 and tensor.numel():
-            self._run(tensor, lambda t: dist.all_reduce(t, group=self.group))
+            self._run(tensor, lambda t: self._all_reduce(t, dist.ReduceOp.SUM))
             self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.size))
         return tensor
 
     def max_(self, tensor: Tensor, kind: str) -> Tensor:
         """Maximum over the ranks, in place."""
         if self.size > 1:
-            self._run(tensor, lambda t: dist.all_reduce(t, op=dist.ReduceOp.MAX, group=self.group))
+            self._run(tensor, lambda t: self._all_reduce(t, dist.ReduceOp.MAX))
             self.ledger.add(kind, reduction_bytes(tensor.numel() * tensor.element_size(), self.size))
         return tensor
 
     def broadcast_(self, tensor: Tensor, kind: str, source: int = 0) -> Tensor:
         """Copy the tensor of the group's rank `source` to all, in place; only the source is charged for it."""
         if self.size > 1 and tensor.numel():
-            assert self.group is not None
-            root = dist.get_global_rank(self.group, source)
-            self._run(tensor, lambda t: dist.broadcast(t, src=root, group=self.group))
+            self._run(tensor, lambda t: self._broadcast(t, source))
             if self.index == source:
                 self.ledger.add(kind, tensor.numel() * tensor.element_size())
         return tensor
@@ -53,21 +53,24 @@ class Comm:
         """Every rank's (n,), on all of them: (ranks, n)."""
         if self.size == 1 or not row.numel():
             return row.unsqueeze(0).expand(self.size, -1)
-        device = self._device(row)
-        rows = torch.empty(self.size, row.numel(), dtype=row.dtype, device=device)
-        dist.all_gather_into_tensor(rows.view(-1), row.to(device).contiguous(), group=self.group)
+        rows = self._all_gather(row.to(self._device(row)).contiguous())
         self.ledger.add(kind, gather_bytes(row.numel() * row.element_size(), self.size))
         return rows.to(row.device)
 
-    def scatter_sum(self, rows: Tensor, kind: str) -> Tensor:
-        """Row i of (ranks, n), summed over ranks, for rank i: (n,)."""
-        if self.size == 1 or not rows.numel():
-            return rows[0]
-        device = self._device(rows)
-        mine = torch.empty_like(rows[0], device=device)
-        dist.reduce_scatter_tensor(mine, rows.to(device).contiguous().view(-1), group=self.group)
-        self.ledger.add(kind, rows.numel() * rows.element_size() * (self.size - 1) // self.size)
-        return mine.to(rows.device)
+    def _all_reduce(self, tensor: Tensor, operation: Any) -> None:
+        """A contiguous tensor, in place; `operation` is a `ReduceOp`."""
+        dist.all_reduce(tensor, op=operation, group=self.group)
+
+    def _broadcast(self, tensor: Tensor, source: int) -> None:
+        """A contiguous tensor of the group's rank `source`, in place."""
+        assert self.group is not None
+        dist.broadcast(tensor, src=dist.get_global_rank(self.group, source), group=self.group)
+
+    def _all_gather(self, row: Tensor) -> Tensor:
+        """Every rank's contiguous (n,): (ranks, n)."""
+        rows = row.new_empty(self.size, row.numel())
+        dist.all_gather_into_tensor(rows.view(-1), row, group=self.group)
+        return rows
 
     def _device(self, tensor: Tensor) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self._staged else tensor.device

@@ -18,6 +18,16 @@ _T = TypeVar("_T")
 class InsideComm(Comm):
     """One group of ranks inside a replica."""
 
+    def scatter_sum(self, rows: Tensor, kind: str) -> Tensor:
+        """Row i of (ranks, n), summed over ranks, for rank i: (n,)."""
+        if self.size == 1 or not rows.numel():
+            return rows[0]
+        device = self._device(rows)
+        mine = torch.empty_like(rows[0], device=device)
+        dist.reduce_scatter_tensor(mine, rows.to(device).contiguous().view(-1), group=self.group)
+        self.ledger.add(kind, rows.numel() * rows.element_size() * (self.size - 1) // self.size)
+        return mine.to(rows.device)
+
 
 @dataclass(frozen=True)
 class InsideReplica:
