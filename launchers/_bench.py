@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from _machine import ROOT, git, processor
 
 
 def seconds() -> float:
@@ -102,14 +102,13 @@ def run_processes(count: int, script: str, arguments: list[str]) -> None:
 
 def provenance() -> dict[str, Any]:
     """Command, date, commit, hardware and versions."""
-    cpus = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
     packages = ("torch", "deepspeed", "megatron-core")
     return {
         "command": shlex.join(["python", *sys.argv]),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
-        "cpu": cpus[0].split(":", 1)[1].strip() if cpus else platform.processor(),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "system": platform.platform(),
         "versions": {
@@ -121,7 +120,3 @@ def provenance() -> dict[str, Any]:
 
 def _read(path: str) -> str:
     return Path(path).read_text() if Path(path).exists() else ""
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True).stdout.strip()

@@ -7,10 +7,11 @@ import hashlib
 import math
 import os
 import platform
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from _machine import ROOT, git, processor
 
 COLUMNS = (
     "id", "cell", "claim", "method", "model", "seed", "lr", "val_loss", "diverged", "bytes", "state_bytes",
@@ -26,7 +27,6 @@ NUMBERS = frozenset(COLUMNS) - {
 # What a second run of the same spec must give again, to the last digit.
 REPEATED = ("val_loss", "train_loss", "bytes", "state_bytes", "tokens", "curve")
 
-ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 
 
@@ -78,27 +78,13 @@ def _text(value: Any) -> str:
 
 def provenance(device: str) -> Row:
     """Commit (with + where the tree differs from it), a digest of the code that decides numbers, and the machine."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
     import torch
 
     commit = git("rev-parse", "--short", "HEAD") or "none"
     changed = git("status", "--porcelain", "--", "lordo_ds", "launchers")
-    chip = torch.cuda.get_device_name() if device.startswith("cuda") else _processor()
+    chip = torch.cuda.get_device_name() if device.startswith("cuda") else processor()
     machine = f"{chip}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
     return {"commit": commit + ("+" if changed else ""), "code": code_digest(), "machine": machine}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def code_digest(root: Path = ROOT) -> str:

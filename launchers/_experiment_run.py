@@ -83,8 +83,9 @@ class Run:
             name: ParameterFacts(name, shape, embedding=name == "embedding.weight", tied_to_embedding=False)
             for name, shape in shapes(self.size).items()
         }
-        self.named = [self.model.replica(m) for m in range(self.model.replicas)]
-        self.replicas = Replicas(self.named, facts, {**spec.settings, "lr": spec.lr})
+        named = [self.model.replica(m) for m in range(self.model.replicas)]
+        self.by_name = [dict(parameters) for parameters in named]
+        self.replicas = Replicas(named, facts, {**spec.settings, "lr": spec.lr})
         self.slow = SlowOuter(spec, facts.values(), self.model.weights)
         self.start = {name: weight[0].detach().clone() for name, weight in self.model.weights.items()}
         self.windows = self.text.validation(spec.validation, self.size.seq_length).to(device)
@@ -128,15 +129,9 @@ class Run:
             scale = (self.spec.clip / (squares.sqrt() + 1e-6)).clamp(max=1.0)
             gradients = tuple(g.mul_(scale.view(-1, *[1] * (g.dim() - 1))) for g in gradients)
         for name, gradient in zip(self.model.weights, gradients, strict=True):
-            for m, parameters in enumerate(self._by_name):
+            for m, parameters in enumerate(self.by_name):
                 parameters[name].grad = gradient[m]
         return float(losses.mean().detach())
-
-    @property
-    def _by_name(self) -> list[dict[str, torch.nn.Parameter]]:
-        if not hasattr(self, "_tables"):
-            self._tables = [dict(parameters) for parameters in self.named]
-        return self._tables
 
     def _note(self, step: int) -> None:
         """Sync reports, and now and then a small validation; both only where all replicas are equal."""

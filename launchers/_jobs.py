@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from _machine import ROOT, git
+
 RANKS = 2
 MODEL = """\
 num_layers: 2
@@ -146,9 +147,8 @@ def circumstances() -> str:
     command = " ".join([Path(sys.executable).name, os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]])
     packages = ("torch", "deepspeed", "megatron-core")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
-    state = f"{commit.strip() or 'unknown'}{' with changes' if dirty else ''}"
+    changes = " with changes" if git("status", "--porcelain") else ""
+    state = (git("rev-parse", "--short", "HEAD") or "unknown") + changes
     return (
         f"`{command}`, {datetime.date.today()}; commit {state}; "
         f"{platform.machine()}, {os.cpu_count()} cores; python {platform.python_version()}, {versions}."
