@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_patches import cpu
 from tests import problems
 
 SETTINGS: dict[str, Any] = {"rank": 3, "sync_interval": 3, "outer": {"lr": 0.7, "momentum": 0.7}}
@@ -32,17 +31,6 @@ class Weights(nn.Module):
 
     def forward(self, gradients: Gradients) -> Tensor:
         return sum((getattr(self, name).float() * g).sum() for name, g in gradients.items())  # type: ignore[return-value]
-
-
-def start(tensor: int = 1, pipe: int = 1) -> None:
-    from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as tp
-
-    cpu.install()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipe)
-    tp.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
-    torch.manual_seed(7)
 
 
 def toy_config(**more: Any) -> Any:

@@ -16,6 +16,7 @@ from megatron_patches import cpu
 from megatron_patches.gradients import sum_partial_gradients
 from megatron_patches.mpu import MegatronMPU
 from megatron_patches.params import describe, describe_model, whole
+from tests.gpts import start_megatron
 from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
@@ -43,17 +44,6 @@ VARIANTS = {
         BASE, num_query_groups=2, qk_layernorm=True, tie_embeddings=False, bias=True, recompute=True
     ),
 }
-
-
-def start(tensor_parallel: int, seed: int = 7) -> None:
-    from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as tp
-
-    cpu.install()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_parallel)
-    tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    torch.manual_seed(seed)
 
 
 def batch(seed: int) -> dict[str, Tensor]:
@@ -87,13 +77,13 @@ def gradients_of_all_variants() -> dict[str, list[dict[str, Tensor]]]:
     """By variant: on one rank, and on two with the sums."""
     found = {}
     for variant, config in VARIANTS.items():
-        start(1)
+        start_megatron(1)
         model = build_gpt(config, torch.float32)
         assert sum_partial_gradients(model).names == [], "nothing to sum on one rank"
         mean_loss(model, 1).backward()
         expected = whole_gradients(model)
 
-        start(2)
+        start_megatron(2)
         model = build_gpt(config, torch.float32)
         sums = sum_partial_gradients(model)
         for _ in range(2):
@@ -130,7 +120,7 @@ def step_at_stage(stage: int, dtype: str) -> dict[str, Tensor]:
     import deepspeed
 
     config = VARIANTS["everything, recomputed"]
-    start(2)
+    start_megatron(2)
     model = build_gpt(config, torch.bfloat16 if dtype == "bf16" else torch.float32)
     before = sum_partial_gradients(model)
     before.remove()
@@ -163,7 +153,7 @@ def step_at_stage(stage: int, dtype: str) -> dict[str, Tensor]:
 
 
 def steps_at_all_stages() -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    start(1)
+    start_megatron(1)
     model = build_gpt(VARIANTS["everything, recomputed"], torch.float32)
     for seed in (0, 1, 10, 11):
         (mean_loss(model, seed) / 4).backward()
@@ -213,11 +203,11 @@ def gradients_with_sequence_parallelism() -> tuple[dict[str, Tensor], dict[str, 
 
     generator = torch.Generator().manual_seed(1)
     hidden, target = torch.randn(2, 6, 3, 8, generator=generator)
-    start(1)
+    start_megatron(1)
     model = NormAndMlp(sequence_parallel=False)
     (model(hidden) * target).sum().backward()
     expected = whole_gradients(model)
-    start(2)
+    start_megatron(2)
     model = NormAndMlp(sequence_parallel=True)
     sums = sum_partial_gradients(model)
     mine = [scatter_to_sequence_parallel_region(tensor) for tensor in (hidden, target)]
@@ -233,7 +223,7 @@ def test_sequence_parallel_layers_have_the_gradients_of_one_rank() -> None:
 
 
 def averages() -> tuple[list[float], float]:
-    start(2)
+    start_megatron(2)
     weight = nn.Parameter(torch.ones(2))
     weight.average_gradients_across_tp_domain = True  # type: ignore[attr-defined]
     model = nn.ParameterDict({"weight": weight})

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from lordo_ds.core.schedule import sync_plan
 from tests.collectives import CollectiveCounter
-from tests.own_loop import Loop, start
+from tests.gpts import start_megatron
+from tests.own_loop import Loop
 from tests.ranks import run_ranks
 
 pytestmark = [
@@ -111,7 +112,7 @@ def forward_step(batches: Iterator[Tensor], model: nn.Module) -> Any:
 
 def train(tensor: int, pipe: int, dtype: torch.dtype) -> dict[str, Any]:
     """Two replicas of tensor x pipe ranks; step, loss (last stage only) and norm of each step, and what was sent."""
-    start(tensor, pipe)
+    start_megatron(tensor, pipe)
     model, config = gpt(tensor, pipe, dtype)
     settings = {"rank": 8, "sync_interval": INTERVAL, "outer": {"lr": 1.0, "momentum": 0.0}}
     loop = Loop.of(model, config, 1, dtype, settings=settings, weight_decay=0.0, adam_eps=1e-4)

@@ -17,6 +17,7 @@ from lordo_ds.core.reference import Reference
 from lordo_ds.core.schedule import sync_plan
 from tests import problems
 from tests.collectives import CollectiveCounter
+from tests.gpts import start_megatron
 from tests.own_loop import (
     CLIP,
     DECAY,
@@ -28,7 +29,6 @@ from tests.own_loop import (
     Weights,
     forward_toy,
     optimizer_config,
-    start,
     toy_config,
 )
 from tests.ranks import run_ranks
@@ -67,7 +67,7 @@ def worst_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> floa
 
 
 def against_the_reference(replica_size: int, dtype: torch.dtype, overlap: bool) -> dict[str, Any]:
-    start()
+    start_megatron()
     loop = Loop.of_toys(replica_size, dtype, overlap=overlap)
     handle, lordo = loop.optimizer.handle, loop.optimizer.optimizer
     rank, count = dist.get_rank(), dist.get_world_size() // replica_size
@@ -116,7 +116,7 @@ def test_own_loop_follows_the_reference(replica_size: int, world: int, dtype: to
 
 def overflowing() -> tuple[float, list[bool], list[int], list[float]]:
     """Replica 1 overflows at steps 1, 4 and 6; the sync is due at 3 and 6."""
-    start()
+    start_megatron()
     loop = Loop.of_toys(dtype=torch.float16, initial_loss_scale=16.0, hysteresis=1, clip_grad=0.0)
     reference, rank, worst = reference_of(2), dist.get_rank(), 0.0
     executed, taken_over, scales = [], [], []
@@ -144,7 +144,7 @@ def test_an_overflow_on_one_replica_skips_its_step_there_and_the_sync_comes_all_
 
 
 def resumed(dtype: torch.dtype) -> tuple[list[tuple[int, dict[str, Tensor]]], list[tuple[int, dict[str, Tensor]]]]:
-    start()
+    start_megatron()
     rank, runs = dist.get_rank(), []
     loop = Loop.of_toys(dtype=dtype)
     saved = io.BytesIO()
@@ -184,7 +184,7 @@ def counting_tokens() -> tuple[float, list[Any], str]:
     """Per-token losses: replica 0 has 4 tokens in a step, replica 1 has 8."""
     from megatron.core.distributed import finalize_model_grads
 
-    start()
+    start_megatron()
     loop = Loop.of_toys(model={"calculate_per_token_loss": True})
     rank = dist.get_rank()
     tokens = torch.tensor(4 * (rank + 1), dtype=torch.int)
@@ -215,7 +215,7 @@ def groups_given_by_hand() -> tuple[bool, list[Any]]:
     from megatron_patches.ddp import replicas
     from megatron_patches.optimizer import lordo_optimizer
 
-    start()
+    start_megatron()
     config = toy_config(calculate_per_token_loss=True)
     config.finalize_model_grads_func = None  # set below, as a script may after the optimizer is made
     with replicas(1) as mine:
@@ -241,7 +241,7 @@ def test_groups_may_be_given_by_hand() -> None:
 
 
 def given_other_weights(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    start()
+    start_megatron()
     loop = Loop.of_toys(dtype=dtype)
     for step in (1, 2, 3, 4):
         loop.step([given(step, dist.get_rank(), dtype)], forward_toy)
@@ -262,7 +262,7 @@ def test_weights_given_to_the_model_are_where_the_next_sync_starts_from(dtype: t
 def scheduled() -> list[tuple[float, float]]:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-    start()
+    start_megatron()
     optimizer = Loop.of_toys(weight_decay=0.5, overrides=None).optimizer
     scheduler = OptimizerParamScheduler(
         optimizer,

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_patches.versions import MegatronMismatchError
 from tests import problems
-from tests.own_loop import Loop, Weights, forward_toy, optimizer_config, start, toy_config
+from tests.gpts import start_megatron
+from tests.own_loop import Loop, Weights, forward_toy, optimizer_config, toy_config
 from tests.ranks import run_ranks
 
 pytestmark = [
@@ -34,7 +35,7 @@ def inside_and_outside() -> dict[str, Any]:
 
     from megatron_patches.ddp import replicas
 
-    start()
+    start_megatron()
     before, found = globals_of_parallel_state(), {}
     with replicas(2) as mine:
         found["groups"] = [
@@ -84,7 +85,7 @@ def strange_megatrons() -> list[str]:
 
     from megatron_patches import ddp
 
-    start()
+    start_megatron()
     before, told = globals_of_parallel_state(), []
 
     def refused() -> None:
@@ -125,7 +126,7 @@ def refusals() -> dict[str, str]:
     from megatron_patches.ddp import replicas
     from megatron_patches.optimizer import lordo_optimizer
 
-    start()
+    start_megatron()
     found = {}
 
     def build(inside: bool = True, ddp: Any = None, model: Any = None) -> tuple[Any, Any]:
@@ -193,7 +194,7 @@ def test_what_is_not_supported_is_refused_in_one_line_that_says_what_to_do() -> 
 
 
 def groups_of_parameters() -> tuple[list[Any], list[Any]]:
-    start()
+    start_megatron()
     loop = Loop.of_toys(weight_decay=0.5, overrides=None)
     groups = [(g["lr"], g["weight_decay"], g["wd_mult"], len(g["params"])) for g in loop.optimizer.param_groups]
     status = loop.optimizer.handle.status()
@@ -212,7 +213,7 @@ def start_from_different_weights() -> dict[str, torch.Tensor]:
     from megatron_patches.ddp import replicas
     from megatron_patches.optimizer import lordo_optimizer
 
-    start()
+    start_megatron()
     config = toy_config()
     module = Weights(config, torch.bfloat16)
     with torch.no_grad():
@@ -234,7 +235,7 @@ def test_all_ranks_start_from_the_first_ones_weights_frozen_ones_included() -> N
 def warnings_about_samples(sampler_rank: str) -> list[str]:
     from tests.problems import gradients
 
-    start()
+    start_megatron()
     loop, told = Loop.of_toys(), []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]

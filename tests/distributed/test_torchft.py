@@ -24,7 +24,7 @@ from lordo_ds.adapters.torchft import join_replicas
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
 from tests import problems
-from tests.ranks import _ensure_server, _free_port, run_ranks
+from tests.ranks import _ensure_server, free_port, run_ranks
 
 DTYPE = torch.float64
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "eps": 1e-2, "rank": 2, "sync_interval": 3}
@@ -353,7 +353,7 @@ def test_torchft_lets_a_replica_die_and_another_join_without_stopping_the_third(
     lighthouse = LighthouseServer(bind="127.0.0.1:0", min_replicas=1, join_timeout_ms=3000, heartbeat_timeout_ms=1500)
     address, results = lighthouse.address(), context.Queue()
     jobs: dict[int, Any] = {
-        m: context.Process(target=_replica_job, args=(trains, m, address, _free_port(), 20 if m == 1 else 0, results))
+        m: context.Process(target=_replica_job, args=(trains, m, address, free_port(), 20 if m == 1 else 0, results))
         for m in range(2)
     }
     for job in jobs.values():
@@ -362,7 +362,7 @@ def test_torchft_lets_a_replica_die_and_another_join_without_stopping_the_third(
         jobs[1].join(60)
         assert jobs[1].exitcode == -signal.SIGKILL
         time.sleep(3.0)  # the survivor goes on alone once the other's heartbeat has run out
-        jobs[2] = context.Process(target=_replica_job, args=(trains, 2, address, _free_port(), 0, results))
+        jobs[2] = context.Process(target=_replica_job, args=(trains, 2, address, free_port(), 0, results))
         jobs[2].start()
         found = dict(results.get(timeout=90) for _ in range(2))
     finally:

@@ -18,8 +18,9 @@ import lordo_ds
 from lordo_ds.checkpoint import open_run
 from lordo_ds.checkpoint.tensor_file import TensorFile
 from lordo_ds.cli.main import main
+from tests.gpts import TIED, UNTIED, micro_batch
 from tests.integration.test_checkpoint_mesh import MODELS as MESH_MODELS
-from tests.integration.test_checkpoint_mesh import TIED, UNTIED, batch, build, train_to
+from tests.integration.test_checkpoint_mesh import build, train_to
 from tests.ranks import run_ranks
 
 pytestmark = [
@@ -46,7 +47,7 @@ def saved_and_asked(folder: str) -> dict[str, Tensor]:
         engine.save_checkpoint(os.path.join(folder, name), client_state={"model": dataclasses.asdict(model)})
         lordo_ds.hook(engine).finish()  # type: ignore[union-attr]
         engine.save_checkpoint(os.path.join(folder, name), "synced", client_state={"model": dataclasses.asdict(model)})
-        tokens = batch(999, 0)["tokens"]
+        tokens = micro_batch(999, 0)["tokens"]
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         engine.eval()
         with torch.no_grad():
@@ -138,7 +139,7 @@ def test_transformers_gives_the_same_logits(saved: Any, tmp_path: Path, capsys: 
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert type(model).__name__ == {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[name]
     with torch.no_grad():
-        logits = model(batch(999, 0)["tokens"]).logits
+        logits = model(micro_batch(999, 0)["tokens"]).logits
     expected = saved[1][name]
     assert float((logits - expected).abs().max()) < 1e-5 * max(1.0, float(expected.abs().max()))
 

@@ -11,19 +11,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import lordo_ds
 from lordo_ds.checkpoint import open_run
-from megatron_patches import cpu
-from megatron_patches.gradients import sum_partial_gradients
-from megatron_patches.mpu import MegatronMPU
 from tests.engines import weights
+from tests.gpts import TIED, UNTIED, build_module, micro_batch, start_megatron
 from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
 
-from _gpt import GptConfig, build_gpt, loss_sums
+from _gpt import loss_sums
 
 pytestmark = [
     pytest.mark.deepspeed,
@@ -32,27 +29,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs Megatron on the CPU"),
 ]
 
-TIED = GptConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_query_groups=2,
-    qk_layernorm=True,
-    ffn_hidden_size=48,
-    seq_length=16,
-    vocab_size=64,
-    init_std=0.1,
-)
-UNTIED = replace(
-    TIED,
-    num_query_groups=4,
-    qk_layernorm=False,
-    normalization="LayerNorm",
-    position_embedding="learned",
-    activation="gelu",
-    bias=True,
-    tie_embeddings=False,
-)
 MODELS = {"tied": TIED, "untied": UNTIED, "dropout": replace(TIED, dropout=0.1)}
 LORDO = {"lr": 0.05, "eps": 1e-2, "rank": 8, "sync_interval": 3, "preset": "recommended", "error_feedback": "fp32"}
 SYNC, BETWEEN, END = 3, 4, 7
@@ -61,25 +37,13 @@ Layout = tuple[int, int, int, int, str]
 """Tensor-parallel size, pipeline stages, shards, ZeRO stage, precision."""
 
 
-def batch(step: int, number: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + number)
-    tokens = torch.randint(0, TIED.vocab_size, (2, TIED.seq_length + 1), generator=generator)
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].contiguous(), "loss_mask": torch.ones(2, TIED.seq_length)}
-
-
 def build(layout: Layout, model: str, seed: int, **optimizer: Any) -> Any:
     """An engine; its weights depend on the seed alone. Two micro-batches a step, divided over the shards."""
     import deepspeed
-    from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as tp
 
     tensor, pipe, shards, stage, precision = layout
     deepspeed.init_distributed(verbose=False)
-    cpu.install()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipe)
-    tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    torch.manual_seed(seed)
+    start_megatron(tensor, pipe, seed)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 2 // shards,
@@ -92,14 +56,7 @@ def build(layout: Layout, model: str, seed: int, **optimizer: Any) -> Any:
     if precision != "fp32":
         config[precision] = {"enabled": True}
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    if pipe > 1:
-        from _gpt_pipe import GPTModelPipe
-
-        module: Any = GPTModelPipe(MODELS[model], dtype)
-        mpu = None
-    else:
-        module, mpu = build_gpt(MODELS[model], dtype), MegatronMPU()
-    sum_partial_gradients(module)
+    module, mpu = build_module(MODELS[model], dtype, pipe)
     return deepspeed.initialize(model=module, config=config, mpu=mpu)[0]
 
 
@@ -107,7 +64,7 @@ def train_to(engine: Any, start: int, stop: int) -> None:
     accumulation = engine.gradient_accumulation_steps()
     for step in range(start, stop + 1):
         first = lordo_ds.hook(engine).data_parallel_rank * accumulation  # type: ignore[union-attr]
-        batches = [batch(step, first + i) for i in range(accumulation)]
+        batches = [micro_batch(step, first + i) for i in range(accumulation)]
         if hasattr(engine, "train_batch"):
             engine.train_batch(iter([(b["tokens"], (b["labels"], b["loss_mask"])) for b in batches]))
             continue
@@ -120,7 +77,7 @@ def train_to(engine: Any, start: int, stop: int) -> None:
 def validation_loss(engine: Any) -> float:
     """Of four sequences that are never trained on; the same on all ranks of a replica."""
     engine.eval()
-    batches = [batch(999, 0), batch(999, 1)]
+    batches = [micro_batch(999, 0), micro_batch(999, 1)]
     if hasattr(engine, "train_batch"):
         accumulation = engine.gradient_accumulation_steps()
         data = [(b["tokens"], (b["labels"], b["loss_mask"])) for b in batches]

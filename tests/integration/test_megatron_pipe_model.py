@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_patches import cpu
 from megatron_patches.gradients import sum_partial_gradients
 from megatron_patches.params import describe, shard_of
+from tests.gpts import start_megatron
 from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
@@ -44,15 +44,9 @@ MICRO_BATCHES = 3
 
 def start(tensor: int, pipe: int, seed: int = 7) -> None:
     import deepspeed
-    from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as tp
 
     deepspeed.init_distributed(verbose=False)
-    cpu.install()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipe)
-    tp.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-    torch.manual_seed(seed)
+    start_megatron(tensor, pipe, seed)
 
 
 def batch(seed: int) -> dict[str, Tensor]:

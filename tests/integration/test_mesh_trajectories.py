@@ -8,7 +8,6 @@ is ill-conditioned: an eps of the size of the gradients keeps the comparison one
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lordo_ds
-from megatron_patches import cpu
-from megatron_patches.gradients import sum_partial_gradients
-from megatron_patches.mpu import MegatronMPU
 from megatron_patches.params import describe_model, whole
 from tests.collectives import CollectiveCounter
 from tests.engines import weights as weights_of
+from tests.gpts import TIED, UNTIED, build_module, micro_batch, start_megatron
 from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
 
-from _gpt import GptConfig, build_gpt, loss_sums
+from _gpt import loss_sums
 
 pytestmark = [
     pytest.mark.deepspeed,
@@ -37,51 +34,17 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs Megatron on the CPU"),
 ]
 
-TIED = GptConfig(
-    num_layers=2,
-    hidden_size=32,
-    num_attention_heads=4,
-    num_query_groups=2,
-    qk_layernorm=True,
-    ffn_hidden_size=48,
-    seq_length=16,
-    vocab_size=64,
-    init_std=0.1,
-)
-UNTIED = replace(
-    TIED,
-    num_query_groups=4,
-    qk_layernorm=False,
-    normalization="LayerNorm",
-    position_embedding="learned",
-    activation="gelu",
-    bias=True,
-    tie_embeddings=False,
-)
 MODELS = {"tied": TIED, "untied": UNTIED}
 STEPS, MICRO_BATCHES = 9, 2
 LORDO = {"lr": 0.02, "eps": 1e-2, "rank": 8, "sync_interval": 3, "preset": "recommended", "weight_decay": 0.01}
 
 
-def micro_batch(step: int, number: int) -> dict[str, Tensor]:
-    """The samples of one micro-batch, numbered over all replicas."""
-    generator = torch.Generator().manual_seed(1000 * step + number)
-    tokens = torch.randint(0, TIED.vocab_size, (2, TIED.seq_length + 1), generator=generator)
-    return {"tokens": tokens[:, :-1], "labels": tokens[:, 1:].contiguous(), "loss_mask": torch.ones(2, TIED.seq_length)}
-
-
 def train(tensor: int, pipe: int, shards: int, stage: int, model: str, optimizer: dict[str, Any]) -> dict[str, Any]:
     """What this rank saw: weights by name after every step (whole), gradient norms, reports, bytes."""
     import deepspeed
-    from megatron.core import parallel_state
-    from megatron.core import tensor_parallel as tp
 
     deepspeed.init_distributed(verbose=False)
-    cpu.install()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor, pipe)
-    tp.model_parallel_cuda_manual_seed(7, force_reset_rng=True)
-    torch.manual_seed(7)
+    start_megatron(tensor, pipe)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": MICRO_BATCHES // shards,
@@ -90,14 +53,7 @@ def train(tensor: int, pipe: int, shards: int, stage: int, model: str, optimizer
         "optimizer": {"type": "LoRDO", "params": {**LORDO, **optimizer, "replica_size": shards}},
         "steps_per_print": 10**9,
     }
-    if pipe > 1:
-        from _gpt_pipe import GPTModelPipe
-
-        module: Any = GPTModelPipe(MODELS[model], torch.float32)
-        mpu = None
-    else:
-        module, mpu = build_gpt(MODELS[model], torch.float32), MegatronMPU()
-    sum_partial_gradients(module)
+    module, mpu = build_module(MODELS[model], torch.float32, pipe)
     engine = deepspeed.initialize(model=module, config=config, mpu=mpu)[0]
     hook = lordo_ds.hook(engine)
     assert hook is not None

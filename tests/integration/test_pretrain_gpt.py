@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
+from tests.ranks import free_port, run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHERS = ROOT / "launchers"
@@ -133,7 +133,7 @@ def lordo_run(home: Path) -> Path:
     }
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port"]
     done = subprocess.run(
-        [*launcher, str(_free_port()), str(SCRIPT), *argv],
+        [*launcher, str(free_port()), str(SCRIPT), *argv],
         cwd=home,
         env=environment,
         capture_output=True,
@@ -143,14 +143,6 @@ def lordo_run(home: Path) -> Path:
     (home / "lordo.out").write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return home / "lordo"
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_run_leaves_every_file_it_promises(lordo_run: Path) -> None:

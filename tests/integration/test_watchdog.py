@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,9 +67,7 @@ def run(
     """The ends of all ranks, those that end by themselves within `wait_s` of the start of training."""
     harness._ensure_server()
     context = multiprocessing.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = harness.free_port()
     arguments = [(rank, str(tmp_path), port, fault, timeout_s) for rank in range(WORLD)]
     processes: list[Any] = [context.Process(target=_rank_main, args=given) for given in arguments]
     for process in processes:
