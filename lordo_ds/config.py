@@ -72,12 +72,7 @@ class OuterOptimizer(_Block):
 
     @property
     def is_plain_average(self) -> bool:
-        return self.lr == 1.0 and self.momentum == 0.0 and not self.needs_matrices
-
-    @property
-    def needs_matrices(self) -> bool:
-        """Whether the step of a matrix is a matter of more than its elements one by one."""
-        return self.orthogonalize or self.residual_gain != 1.0
+        return self.lr == 1.0 and self.momentum == 0.0 and not self.orthogonalize and self.residual_gain == 1.0
 
 
 class AnchorPlacement(_Block):

@@ -171,3 +171,21 @@ def bucket_bounds(numels: Sequence[int], bucket_numel: int) -> list[tuple[int, i
     if start < len(numels):
         bounds.append((start, len(numels)))
     return bounds
+
+
+def balanced_order(held: Sequence[Sequence[Interval]]) -> list[int]:
+    """An order of parameters in which every stretch takes some from every shard; the given one if shards hold alike.
+
+    ZeRO 1 and 2 give each shard a run of whole parameters. In their own order one shard after the other would be busy.
+
+    Args:
+        held: each parameter's elements [start, stop) on every shard.
+    """
+    filled: dict[int, int] = {}
+    places = []
+    for intervals in held:
+        lengths = [stop - start for start, stop in intervals]
+        holder = lengths.index(max(lengths))
+        filled[holder] = filled.get(holder, 0) + sum(lengths)
+        places.append(filled[holder])
+    return sorted(range(len(places)), key=lambda i: (places[i], i))

@@ -25,11 +25,6 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
 
 
-def with_residual_gain(matrix: Tensor, basis: Tensor, gain: float) -> Tensor:
-    """Q Q^T D + gain (I - Q Q^T) D for D (s, l) and orthonormal Q (s, r)."""
-    return torch.addmm(matrix, basis, basis.mT @ matrix, beta=gain, alpha=1.0 - gain)
-
-
 def orthogonalized(matrix: Tensor, summed: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
     """The matrix with all its singular values brought to about the same size, and its Frobenius norm kept.
 

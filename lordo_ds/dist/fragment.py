@@ -237,13 +237,6 @@ class Fragment:
             whole[tile.s_whole, tile.l_whole] = tile.view(elements)
         return self.comm.sum_(whole, "basis")
 
-    def own_elements(self, whole: Tensor) -> Tensor:
-        """This rank's elements of a matrix (s, l), laid out like the fragment."""
-        elements = whole.new_empty(self.numel)
-        for tile in self.tiles:
-            tile.view(elements).copy_(whole[tile.s_whole, tile.l_whole])
-        return elements
-
 
 class ShardedMatrix:
     """A `LeftMatrix` whose elements lie on the shards and tensor slices like a fragment's; `shape` is its own part.

@@ -28,6 +28,24 @@ class InsideComm(Comm):
         self.ledger.add(kind, rows.numel() * rows.element_size() * (self.size - 1) // self.size)
         return mine.to(rows.device)
 
+    def exchange(
+        self, parts: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[int]], like: Tensor, kind: str
+    ) -> list[list[Tensor]]:
+        """`parts[i]`, flat tensors, to rank i; what each rank sent here, in flat tensors of the lengths `arriving[i]`.
+
+        Args:
+            like: of the dtype and device of all of them.
+        """
+        leaving = [sum(part.numel() for part in to_rank) for to_rank in parts]
+        expected = [sum(lengths) for lengths in arriving]
+        device = self._device(like)
+        outgoing = torch.cat([like.new_empty(0), *(part for to_rank in parts for part in to_rank)]).to(device)
+        incoming = like.new_empty(sum(expected), device=device)
+        dist.all_to_all_single(incoming, outgoing, expected, leaving, group=self.group)
+        self.ledger.add(kind, (sum(leaving) - leaving[self.index]) * like.element_size())
+        pieces = incoming.to(like.device).split(expected)
+        return [list(piece.split(list(lengths))) for piece, lengths in zip(pieces, arriving, strict=True)]
+
 
 @dataclass(frozen=True)
 class InsideReplica:

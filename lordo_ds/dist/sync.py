@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lordo_ds.config import LordoConfig
-from lordo_ds.core.fragments import bucket_bounds
+from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.outer import orthogonalized, outer_update, pseudo_gradient, with_residual_gain
+from lordo_ds.core.outer import pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.dist.bases import Bases
 from lordo_ds.dist.checksum import checksum
@@ -22,12 +22,13 @@ from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
 from lordo_ds.dist.moments import common_moments_, republish_
+from lordo_ds.dist.outer_step import OuterStep
 from lordo_ds.dist.report import RowAverager, SyncReport
 from lordo_ds.dist.wire import ReplicaWire, SyncError
 
 logger = logging.getLogger("lordo_ds")
 
-DEFAULT_BUCKET_NUMEL = 1 << 24  # elements reduced in one message; bounds the workspace of a sync
+DEFAULT_BUCKET_NUMEL = 1 << 24  # elements of a shard reduced in one message; bounds the workspace of a sync
 _HEADER_FIELDS = 6  # step, rows, finite, executed steps, executed now, basis checksum
 _TRAILER_FIELDS = 4  # checksum, |D_m|^2, energy inside the basis, energy
 
@@ -51,8 +52,11 @@ class OuterSync:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
         self.bases = Bases(config, items, wire, inside)
         self.faults = Faults(config, items, wire, inside)
+        self.outer_step = OuterStep(config, inside)
         self.tensor_copies, self.tied_copies = TensorCopies(items, inside.tensor), TiedCopies(items, tied)
-        self.buckets = [self.items[a:b] for a, b in bucket_bounds([i.plan.numel for i in self.items], bucket_numel)]
+        order = [self.items[i] for i in balanced_order([item.intervals for item in self.items])]
+        bounds = bucket_bounds([item.plan.numel for item in order], inside.shard.size * bucket_numel)
+        self.buckets = [order[a:b] for a, b in bounds]
         self.syncs = 0
         self.nonfinite_syncs = 0
         self.left_out_syncs = 0
@@ -150,7 +154,7 @@ class OuterSync:
         shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
         fields = [step, len(self.rows.pending), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
         assert len(fields) == _HEADER_FIELDS
-        header = self.wire.gather(self.inside.vector(fields + [item.step for item in self.items]), "header").cpu()
+        header = self.wire.gather(self.inside.vector(fields + [item.step for bucket in self.buckets for item in bucket]), "header").cpu()
         self.wire.assert_same("step", header[:, 0])
         self.wire.assert_same("recorded rows", header[:, 1])
         if not bool((header[:, 5] == header[0, 5]).all()):
@@ -173,9 +177,8 @@ class OuterSync:
             anchored = [item for item in bucket if "anchor" in item.state]
             means, own = self._mean_pseudo_gradients(anchored, participants, takes_part)
             own_norm += own
-            for item, mean in zip(anchored, means, strict=True):
-                mean_norm += float(mean.square().sum()) if item.counts else 0.0
-                self._step_weight(item, mean, plan)
+            mean_norm += sum(float(m.square().sum()) for i, m in zip(anchored, means, strict=True) if i.counts)
+            self.outer_step.run_(anchored, means, plan, self.wire.replicas)
             common_moments_(bucket, steps, participants, takes_part, plan, self.config, self.wire)
             by_item = {id(item): mean for item, mean in zip(anchored, means, strict=True)}
             for item in bucket if plan.refresh_basis else ():
@@ -214,30 +217,6 @@ class OuterSync:
             else:
                 self.wire.sum_(flat, "pseudo_gradient")
         return parts, own
-
-    def _step_weight(self, item: Fragment, mean: Tensor, plan: SyncPlan) -> None:
-        """W = anchor - outer(D); anchor = W. One replica's plain average is its own weights, untouched."""
-        anchor = item.state["anchor"]
-        if self.wire.replicas > 1 or not plan.plain_average:
-            momentum = None if plan.plain_average else item.state["outer_momentum"]
-            item.weight.copy_(anchor)
-            if item.plan.low_rank and momentum is not None and self.config.outer.needs_matrices:
-                item.weight.sub_(self._outer_update_of_matrix(item, mean, momentum))
-            else:
-                item.weight.sub_(outer_update(mean, momentum, self.config.outer))
-        anchor.copy_(item.weight)
-
-    def _outer_update_of_matrix(self, item: Fragment, mean: Tensor, momentum: Tensor) -> Tensor:
-        """`outer_update` with what needs the matrix as one. Collective over the ranks that hold parts of it."""
-        outer = self.config.outer
-        if outer.residual_gain != 1.0 and item.has_basis:
-            matrix = with_residual_gain(item.whole_matrix(mean), item.whole_basis(), outer.residual_gain)
-            mean = item.own_elements(matrix)
-        update = outer_update(mean, momentum, outer)
-        if not outer.orthogonalize:
-            return update
-        matrix = item.whole_matrix(update)
-        return item.own_elements(orthogonalized(matrix, lambda part: item.slices.sum_(part, "outer")))
 
     def _basis_matrix(
         self, item: Fragment, means: dict[int, Tensor], gives_gradient: list[int], takes_part: bool

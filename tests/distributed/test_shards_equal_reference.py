@@ -19,7 +19,9 @@ from lordo_ds import LoRDO, LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece
 from lordo_ds.core.grouping import ParameterFacts, plan_parameters
 from lordo_ds.core.mesh import replica_layout
+from lordo_ds.core.outer import orthogonalized
 from lordo_ds.core.reference import Reference
+from lordo_ds.dist import outer_step
 from lordo_ds.dist.groups import ReplicaGroups, replica_groups
 from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.wire import ReplicaWire
@@ -221,7 +223,7 @@ def all_differences(
     torch.set_num_threads(1)
     found = {}
     for name, case in CASES.items():
-        for kind in CUTS if name in ("paper", "factored_error_feedback") else CUTS[:1]:
+        for kind in CUTS if name in ("paper", "factored_error_feedback", "spectral") else CUTS[:1]:
             for dtype in (torch.float64, torch.float32):
                 found[f"{name} {kind} {dtype}"] = difference(case, kind, replica_size, tensor, sliced, dtype)
     return found
@@ -248,6 +250,48 @@ def test_tensor_slices_follow_the_reference_of_the_whole_model(
 ) -> None:
     for differences in run_ranks(all_differences, replicas * shards * 2, shards, 2, sliced, timeout_s=240):
         check(differences)
+
+
+def work_of_syncs(kind: str, shards: int) -> tuple[int, int, int, int]:
+    """In two syncs of one replica: matrices that this shard orthogonalized, bytes that it sent the others for it.
+
+    And how many matrices there are in the model, and their elements.
+    """
+    calls = []
+
+    def counted(matrix: Tensor, summed: Any) -> Tensor:
+        calls.append(tuple(matrix.shape))
+        return orthogonalized(matrix, summed)
+
+    outer_step.orthogonalized = counted  # type: ignore[assignment]
+    weights = flatten(problems.initial_weights(torch.float32), {}, 0, 1)
+    groups = groups_of(shards, 1)
+    problem, flat, held = flat_problem(kind, shards, groups.shard_index, facts({}, 1), weights)
+    optimizer = LoRDO([flat], **{**BASE, "outer": {"momentum": 0.7, "orthogonalize": True}, "sync_interval": 1})
+    optimizer.managed = True
+    comm = InsideComm(groups.shard)
+    optimizer.attach([problem], ReplicaWire(), InsideReplica(shard=comm, everyone=InsideComm(groups.inside)))
+    for step in (1, 2):
+        flat.grad = torch.zeros_like(flat)
+        flat.grad[: held.stop - held.start] = flatten(problems.gradients(step, 0, torch.float32), {}, 0, 1)[held]
+        optimizer.step()
+        optimizer.end_attempt()
+    assert optimizer.sync is not None
+    matrices = [item.plan.numel for item in optimizer.sync.items if item.plan.low_rank]
+    return len(calls), comm.ledger.by_kind["outer"], len(matrices), sum(matrices)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("kind", ["equal", "one_shard_almost_everything"])
+def test_each_matrix_is_orthogonalized_on_one_shard_and_travels_there_and_back_at_most(kind: str) -> None:
+    syncs, shards, width = 2, 2, 4
+    work = run_ranks(work_of_syncs, shards, kind, shards)
+    matrices, elements = work[0][2:]
+    assert matrices > 3
+    assert sum(calls for calls, *_ in work) == syncs * matrices
+    assert sum(sent for _, sent, *_ in work) <= syncs * 2 * elements * width
+    if kind == "equal":
+        assert all(calls > 0 for calls, *_ in work)
 
 
 @pytest.mark.distributed
