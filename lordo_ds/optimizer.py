@@ -33,7 +33,7 @@ from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
 from lordo_ds.dist.inner_step import step_fragments_
-from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.report import SyncReport
 from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.watchdog import Unwatched, watch_ranks
@@ -199,7 +199,8 @@ class LoRDO(torch.optim.Optimizer):
             per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             groups = replica_groups(replica_layout(range(world), self.config.replica_size, per_node))
             if groups.layout.replica_count > 1:
-                wire = ReplicaWire(groups.replica)
+                twins = InsideComm(groups.shard if len(groups.layout.shard_group(dist.get_rank())) > 1 else None)
+                wire = ReplicaWire(groups.replica, twins)
         device = flats[0].tensor.device if flats else torch.device("cpu")
         self.attach(flats, wire, InsideReplica(device=device))
 

@@ -52,6 +52,7 @@ def bytes_inside(sync: OuterSync) -> dict[str, int]:
         "shard": inside.shard.ledger.total_bytes,
         "tensor": inside.tensor.ledger.total_bytes,
         "pipe": sum(weight.comm.ledger.total_bytes for _, weight in sync.tied_copies.pairs),
+        "twins": sync.wire.twins.ledger.total_bytes,
         "everyone": inside.everyone.ledger.total_bytes,
     }
 

@@ -165,12 +165,11 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
         for parameter, fact in facts.items()
         if parameter in tensors
     ]
-    wire = ReplicaWire(groups.replica if groups.layout.replica_count > 1 else None)
+    twins = _comm(groups.shard)
+    wire = ReplicaWire(groups.replica if groups.layout.replica_count > 1 else None, twins)
     device = flats[0].tensor.device
     equalise_untrained(SimpleNamespace(module=model, device=device), tensors.keys(), wire)
-    inside = InsideReplica(
-        tensor=_comm(groups.tensor), everyone=_comm(groups.inside), rows=_comm(groups.shard), device=device
-    )
+    inside = InsideReplica(tensor=_comm(groups.tensor), everyone=_comm(groups.inside), rows=twins, device=device)
     lordo.attach(flats, wire, inside, _tied(model, facts))
 
 

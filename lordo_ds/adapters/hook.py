@@ -89,7 +89,8 @@ class EngineHook(RunHandle):
 
     def _attach_optimizer(self, engine: Any) -> None:
         groups, facts = self.groups, model_facts(engine.module, self.groups.tensor_size)
-        wire = ReplicaWire(_unless_alone(groups.replica))
+        rows, sharded = InsideComm(_unless_alone(groups.shard)), bool(shard_groups(engine))
+        wire = ReplicaWire(_unless_alone(groups.replica), twins=None if sharded else rows)
         flats = flat_tensors(engine, facts)
         names = {piece.facts.name for flat in flats for piece in flat.pieces}
         trained = {parameter for parameter, fact in facts.items() if fact.name in names}
@@ -103,10 +104,9 @@ class EngineHook(RunHandle):
                 left_out[0],
             )
         equalise_untrained(engine, trained, wire)
-        rows = InsideComm(_unless_alone(groups.shard))
         inside = InsideReplica(
             # At stage 0 every rank of a replica steps whole parameters; what it records is its own all the same.
-            shard=rows if shard_groups(engine) else InsideComm(),
+            shard=rows if sharded else InsideComm(),
             tensor=InsideComm(_unless_alone(groups.tensor)),
             everyone=InsideComm(_unless_alone(groups.inside)),
             rows=rows,

@@ -20,7 +20,7 @@ from lordo_ds.dist.copies import TensorCopies, TiedCopies, TiedWeight
 from lordo_ds.dist.faults import Faults
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.inside import InsideReplica
-from lordo_ds.dist.ledger import gather_bytes, reduction_bytes
+from lordo_ds.dist.ledger import gather_bytes
 from lordo_ds.dist.moments import common_moments_, republish_
 from lordo_ds.dist.outer_step import OuterStep
 from lordo_ds.dist.report import RowAverager, SyncReport
@@ -313,18 +313,18 @@ class OuterSync:
             8 * _TRAILER_FIELDS, replicas
         )
         if rows:
-            sent += reduction_bytes(8 * rows * row_length, replicas)
+            sent += self.wire.sum_bytes(rows * row_length, 8)
         for bucket in self.buckets:
             width = bucket[0].weight.element_size()
             wire_width = 2 if self.config.pseudo_gradient_dtype == "bf16" else width
-            sent += reduction_bytes(wire_width * sum(item.numel for item in bucket), replicas)
+            sent += self.wire.sum_bytes(sum(item.numel for item in bucket), wire_width)
             averaged = [i for i in bucket if i.plan.low_rank or self.config.average_dense_moments]
             for due, names in (
                 (plan.average_exp_avg, ("exp_avg",)),
                 (plan.average_exp_avg_sq, ("exp_avg_sq", "row_mean_sq", "col_mean_sq")),
             ):
                 moments = sum(i.state[n].numel() for i in averaged for n in names if n in i.state)
-                sent += reduction_bytes(width * moments, replicas) if due and moments else 0
+                sent += self.wire.sum_bytes(moments, width) if due and moments else 0
             if plan.refresh_basis and self.config.basis_source == "gradient" and not self.bases.each_replica_its_own:
-                sent += sum(reduction_bytes(width * i.numel, replicas) for i in bucket if i.plan.low_rank)
+                sent += sum(self.wire.sum_bytes(i.numel, width) for i in bucket if i.plan.low_rank)
         return sent

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lordo_ds.dist.comm import Comm
-from lordo_ds.dist.ledger import ByteLedger
+from lordo_ds.dist.inside import InsideComm
+from lordo_ds.dist.ledger import reduction_bytes
 
 
 class SyncError(RuntimeError):
@@ -14,11 +15,34 @@ class SyncError(RuntimeError):
 
 
 class ReplicaWire(Comm):
-    """The replica group of this rank: the ranks that hold the same shard in every replica."""
+    """The replica group of this rank: the ranks that hold the same shard in every replica.
 
-    def __init__(self, group: dist.ProcessGroup | None = None, ledger: ByteLedger | None = None) -> None:
-        super().__init__(group, ledger)
+    `twins` are the ranks of this replica that hold what this one holds (all of them at ZeRO 0). Each takes one part of
+    a sum across replicas, and they tell one another the result: the links between replicas carry it once.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, twins: InsideComm | None = None) -> None:
+        super().__init__(group)
         self.replicas = self.size
+        self.twins = twins or InsideComm()
+
+    def sum_(self, tensor: Tensor, kind: str) -> Tensor:
+        """Sum over the replicas, in place; bitwise equal on all of them, and on the twins, which call it together."""
+        if self.size == 1 or self.twins.size == 1 or not tensor.numel():
+            return super().sum_(tensor, kind)
+        share = self._share(tensor.numel())
+        own = tensor.reshape(-1)[self.twins.index * share :][:share]
+        part = own.new_zeros(share)  # the last ones may be padded, so that all twins send the same
+        part[: own.numel()] = own
+        everything = self.twins.gather(super().sum_(part, kind), kind).view(-1)
+        return tensor.copy_(everything[: tensor.numel()].view_as(tensor))
+
+    def sum_bytes(self, numel: int, width: int) -> int:
+        """What `sum_` of `numel` elements of `width` bytes sends from this rank across replicas."""
+        return reduction_bytes(self._share(numel) * width, self.size)
+
+    def _share(self, numel: int) -> int:
+        return -(-numel // self.twins.size)
 
     def assert_same(self, what: str, values: Tensor) -> None:
         """Refuse to go on where one number per replica differs."""

@@ -141,7 +141,8 @@ def bytes_per_step(stage: int, optimizer: dict[str, Any]) -> list[tuple[int, int
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, rows, 1) if plan.due else 0
             if step == 1:
-                predicted += sum(4 * item.numel for item in sync.items if item.plan.low_rank) + 2 * 8
+                first = [item.numel for item in sync.items if item.plan.low_rank]
+                predicted += sum(sync.wire.sum_bytes(numel, 4) for numel in first) + 2 * 8
             found.append((counted, hook.bytes_sent - before, predicted))
             hook.record(loss=1.0)
     return found
@@ -154,8 +155,14 @@ def bytes_at_all_stages() -> dict[str, list[tuple[int, int, int]]]:
 
 
 def test_bytes_cross_replicas_at_syncs_only_and_as_predicted_at_every_stage() -> None:
-    for each in run_ranks(bytes_at_all_stages, 4, timeout_s=200):
+    ranks = run_ranks(bytes_at_all_stages, 4, timeout_s=200)
+    for each in ranks:
         for case, steps in each.items():
             for step, (counted, ledger, predicted) in enumerate(steps, start=1):
                 assert counted == ledger == predicted, f"{case}, step {step}: {counted}, {ledger}, {predicted}"
                 assert (counted > 0) == (step == 1 or step % 3 == 0), f"{case}, step {step}"
+    for case in (case for case in ranks[0] if case.startswith("stage 0")):
+        whole, cut = (
+            sum(counted for each in ranks for counted, _, _ in each[one]) for one in (case, case.replace("0", "1", 1))
+        )
+        assert abs(whole / cut - 1) < 0.05, f"{case}: ranks that hold the same send {whole}, shards {cut}"
