@@ -6,6 +6,7 @@ legal value.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
@@ -139,21 +140,15 @@ class LordoConfig(_Block):
 
     @classmethod
     def parse(cls, params: Any) -> LordoConfig:
-        """Validate the keys of `optimizer.params`; keys given beside a preset win over it.
+        """Validate the keys of `optimizer.params`; keys given beside a preset, also inside `outer`, win over it.
 
         Raises:
             ConfigError: one line naming the key, the value, the rule and the nearest legal value.
         """
         if not isinstance(params, Mapping):
             raise ConfigError(f"LoRDO: optimizer.params = {params!r:.80} must be an object of keys and values")
-        preset = params.get("preset", "paper")
-        defaults = dict(PRESETS.get(preset, {})) if isinstance(preset, str) else {}
-        if params.get("qh_mode", "factored") != "factored":  # what a preset sets must not forbid what is given
-            defaults.pop("residual_weight", None)
-        if params.get("projection") == "local" and "outer" in defaults:
-            defaults["outer"] = {key: value for key, value in defaults["outer"].items() if key != "residual_gain"}
         try:
-            return cls.model_validate({**defaults, **params})
+            return cls.model_validate(_with_preset(params))
         except ValidationError as error:
             raise ConfigError(_one_line(error)) from None
 
@@ -246,6 +241,21 @@ class LordoConfig(_Block):
         if isinstance(self.moment_sync_interval, int):
             return self.moment_sync_interval, self.moment_sync_interval
         return self.moment_sync_interval
+
+
+def _with_preset(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys given, and those of their preset that they leave open and do not rule out."""
+    preset = params.get("preset")
+    merged = copy.deepcopy(PRESETS.get(preset, {})) if isinstance(preset, str) else {}
+    if params.get("qh_mode", "factored") != "factored":  # both weigh the parts of the factored term
+        merged.pop("omega", None)
+        merged.pop("residual_weight", None)
+    if params.get("projection") == "local" and "outer" in merged:
+        del merged["outer"]["residual_gain"]
+    for key, value in params.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
 
 
 def _is_fraction(text: str) -> bool:

@@ -44,6 +44,17 @@ def test_bf16_is_the_only_change_of_a_bf16_variant(name: str) -> None:
     assert read(f"{name}_bf16") == {**read(name), "bf16": {"enabled": True}}
 
 
+def test_a_node_is_a_replica_in_the_settings_for_several_nodes() -> None:
+    nodes, ours = read("lordo_nodes"), read("lordo_bf16")
+    params = nodes["optimizer"]["params"]
+    assert params.pop("replica_size") == "node" and params.pop("pseudo_gradient_dtype") == "bf16"
+    assert ours["optimizer"]["params"].pop("replica_size") == 1
+    assert nodes["zero_optimization"] == {"stage": 1} and nodes["scheduler"]["params"]["total_num_steps"] >= 10_000
+    for key in ("zero_optimization", "scheduler"):
+        del nodes[key], ours[key]
+    assert nodes == ours
+
+
 @pytest.mark.parametrize(("name", "preset"), [("lordo", "recommended"), ("lordo_paper", "paper")])
 def test_lordo_has_an_eighth_of_the_rank_and_a_sync_every_32_steps(name: str, preset: str) -> None:
     params = read(name)["optimizer"]["params"]
