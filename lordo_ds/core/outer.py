@@ -32,7 +32,7 @@ def orthogonalized(matrix: Tensor, summed: Callable[[Tensor], Tensor] = lambda p
     about 1/500 of the norm are not brought up all the way.
 
     Args:
-        matrix: (s, l), s <= l, or some of its columns.
+        matrix: (s, l), or some of its columns; cheapest with s <= l.
         summed: the sum over those that hold the other columns; of a norm, and of (s, s) in every iteration.
     """
     norm = summed(matrix.square().sum().reshape(1)).sqrt()

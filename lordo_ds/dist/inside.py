@@ -36,6 +36,7 @@ class InsideComm(Comm):
         Args:
             like: of the dtype and device of all of them.
         """
+        assert self.size > 1
         leaving = [sum(part.numel() for part in to_rank) for to_rank in parts]
         expected = [sum(lengths) for lengths in arriving]
         device = self._device(like)

@@ -6,7 +6,7 @@ owner, and goes back from there in pieces. The owners divide the work, and nobod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class OuterStep:
         self.outer, self.inside = config.outer, inside
 
     def run_(self, items: Sequence[Fragment], means: Sequence[Tensor], plan: SyncPlan, replicas: int) -> None:
-        """Collective over the ranks of the replica that hold parts of the same matrices.
+        """Collective over the shards, and the ranks that hold the other slices of their matrices.
 
         Args:
             items: with anchors.
@@ -60,24 +60,26 @@ class OuterStep:
         held = [item.intervals for item in items]
         owners = matrix_owners([orthogonalization_flops(item) for item in items], held)
         own = [i for i, owner in enumerate(owners) if owner == shard.index]
-        cut = [i for i in range(len(items)) if sum(stop > start for start, stop in held[i]) > 1]
-        cut_own = [i for i in own if i in cut]
+        ranks = range(shard.size)
+        travel = [i for i, owner in enumerate(owners) if any(_length(held[i][r]) for r in ranks if r != owner)]
+        guests = [i for i in own if i in travel]
 
-        whole = {i: updates[i] for i in own if i not in cut}
-        if cut:  # known to all shards alike
-            parts = [[updates[i] for i in cut if owners[i] == rank] for rank in range(shard.size)]
-            arriving = [[_length(held[i][rank]) for i in cut_own] for rank in range(shard.size)]
+        whole = {i: updates[i] for i in own if i not in travel}
+        if travel:  # known to all shards alike
+            parts = [[updates[i] for i in travel if owners[i] == rank] for rank in ranks]
+            arriving = [[_length(held[i][rank]) for i in guests] for rank in ranks]
             pieces = shard.exchange(parts, arriving, updates[0], "outer")
-            for position, i in enumerate(cut_own):
-                whole[i] = _joined([pieces[rank][position] for rank in range(shard.size)], held[i])
+            for position, i in enumerate(guests):
+                whole[i] = _joined([pieces[rank][position] for rank in ranks], held[i])
 
-        done = {i: self._orthogonalized_whole(items[i], whole[i]) for i in own}
-        if cut:
-            parts = [[done[i][slice(*held[i][rank])] for i in cut_own] for rank in range(shard.size)]
-            arriving = [[items[i].numel for i in cut if owners[i] == rank] for rank in range(shard.size)]
+            del parts, pieces
+        done = {i: self._orthogonalized_whole(items[i], whole.pop(i)) for i in own}
+        if travel:
+            parts = [[done[i][slice(*held[i][rank])] for i in guests] for rank in ranks]
+            arriving = [[items[i].numel for i in travel if owners[i] == rank] for rank in ranks]
             pieces = shard.exchange(parts, arriving, updates[0], "outer")
-            for rank in range(shard.size):
-                done |= dict(zip((i for i in cut if owners[i] == rank), pieces[rank], strict=True))
+            for rank in ranks:
+                done |= dict(zip((i for i in travel if owners[i] == rank), pieces[rank], strict=True))
         return [done.get(i, updates[i]) for i in range(len(items))]
 
     def _orthogonalized_whole(self, item: Fragment, elements: Tensor) -> Tensor:
@@ -108,18 +110,33 @@ def orthogonalization_flops(item: Fragment) -> int:
 
 
 def matrix_owners(costs: Sequence[int], held: Sequence[Sequence[Interval]]) -> list[int]:
-    """The shard that works on each matrix: of those that hold about the most of it, the one with the least to do.
+    """The shard that works on each matrix: one that holds about the most of it, up to a fair share of the work.
+
+    What is more than that goes to whoever has the least to do: a dense embedding may fill one shard at ZeRO 1 and 2 and
+    leave all matrices to the others.
 
     Args:
         costs: of each matrix.
         held: each matrix's elements [start, stop) on every shard.
     """
-    owners, busy = [0] * len(costs), [0] * max((len(intervals) for intervals in held), default=0)
+    if not costs:
+        return []
+    owners, busy, left = [0] * len(costs), [0] * len(held[0]), []
+    share = sum(costs) / len(busy)
+
+    def give(i: int, ranks: Iterable[int]) -> None:
+        owners[i] = min(ranks, key=lambda rank: (busy[rank], rank))
+        busy[owners[i]] += costs[i]
+
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         lengths = [_length(interval) for interval in held[i]]
-        candidates = [rank for rank, length in enumerate(lengths) if 2 * length >= max(lengths)]
-        owners[i] = min(candidates, key=lambda rank: (busy[rank], rank))
-        busy[owners[i]] += costs[i]
+        holders = [rank for rank, length in enumerate(lengths) if 2 * length >= max(lengths)]
+        if min(busy[rank] for rank in holders) + costs[i] / 2 <= share:
+            give(i, holders)
+        else:
+            left.append(i)
+    for i in left:
+        give(i, range(len(busy)))
     return owners
 
 

@@ -9,8 +9,10 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.outer_step import matrix_owners, with_residual_gain
+from lordo_ds.dist.sync import OuterSync
+from lordo_ds.dist.wire import ReplicaWire
 
 ON_FIRST, ON_SECOND, ON_BOTH = [(0, 8), (0, 0)], [(0, 0), (0, 8)], [(0, 4), (4, 8)]
 
@@ -24,9 +26,11 @@ def test_matrices_on_all_shards_are_divided_by_their_cost() -> None:
     assert matrix_owners([3] * 4, [ON_BOTH] * 4) == [0, 1, 0, 1]
 
 
-def test_a_shard_that_holds_little_of_a_matrix_does_not_work_on_it() -> None:
-    mostly_second = [(0, 2), (2, 8)]
-    assert matrix_owners([9, 5], [mostly_second, mostly_second]) == [1, 1]
+def test_a_shard_that_holds_little_of_a_matrix_works_on_it_only_where_the_others_have_their_share() -> None:
+    mostly_first, mostly_second = [(0, 6), (6, 8)], [(0, 2), (2, 8)]
+    assert matrix_owners([4, 4, 4, 4], [mostly_second, mostly_second, mostly_first, mostly_first]) == [1, 1, 0, 0]
+    assert matrix_owners([4, 4, 4, 4], [mostly_second] * 4) == [1, 1, 0, 0]
+    assert matrix_owners([4, 4, 4], [ON_SECOND] * 3) == [1, 1, 0]
 
 
 def test_no_matrices_have_no_owners() -> None:
@@ -63,3 +67,18 @@ def test_the_residual_gain_enlarges_what_lies_outside_the_basis_and_nothing_else
     assert torch.equal(D, given)
     inside = Q @ (Q.mT @ plan.orient(D))
     torch.testing.assert_close(gained, inside + 2.5 * (plan.orient(D) - inside))
+
+
+@pytest.mark.parametrize(("orthogonalize", "matrices"), [(False, 1), (True, 2)])
+def test_a_bucket_has_a_matrix_for_every_shard(orthogonalize: bool, matrices: int) -> None:
+    """However large the matrices are; messages alone may be smaller."""
+    shard = InsideComm()
+    shard.size = 2
+    config = LordoConfig.parse({"outer": {"momentum": 0.5, "orthogonalize": orthogonalize}})
+    items = []
+    for number in range(4):
+        plan = ParameterPlan(f"w{number}", (8, 8), True, "", side="rows", rank=2)
+        halves = ((0, 32), (32, 64))
+        items.append(Fragment(plan, torch.zeros(32), 0, halves, InsideReplica(shard=shard), {}, {}))
+    sync = OuterSync(config, items, ReplicaWire(), InsideReplica(shard=shard), bucket_numel=10)
+    assert [len(bucket) for bucket in sync.buckets] == [matrices] * (4 // matrices)
