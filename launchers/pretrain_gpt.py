@@ -129,7 +129,7 @@ class Job:
     unigram_perplexity: float
     log: RunLog
     ddp_bytes: int
-    """What AdamW-DDP sends per rank and step."""
+    """What AdamW-DDP sends across replicas per rank and step."""
     step: int
     consumed: int
     """Samples read by all ranks together since the first step."""
@@ -147,7 +147,7 @@ def set_up(args: argparse.Namespace) -> Job:
     check_parallel_sizes(model_config, args.tensor_parallel, args.pipeline_parallel)
     from lordo_ds import LordoConfig
     from lordo_ds.data import prepare, unigram_entropy
-    from lordo_ds.dist.ledger import reduction_bytes
+    from lordo_ds.dist.ledger import data_parallel_bytes
 
     optimizer = config.get("optimizer", {})
     if str(optimizer.get("type")).lower() == "lordo":
@@ -189,8 +189,10 @@ def set_up(args: argparse.Namespace) -> Job:
         seq_length=model_config.seq_length,
         unigram_perplexity=math.exp(unigram_entropy(data.validation_tokens(held_out))),
         log=log,
-        ddp_bytes=reduction_bytes(
-            elements_here(engine.module) * (2 if half_precision(engine) else 4), shape.data_parallel_size
+        ddp_bytes=data_parallel_bytes(
+            elements_here(engine.module) * (2 if half_precision(engine) else 4),
+            hook.replicas,
+            shape.data_parallel_size // hook.replicas,
         ),
         step=client["step"],
         consumed=client["consumed_samples"],

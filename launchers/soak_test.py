@@ -129,7 +129,8 @@ def report(args: argparse.Namespace, faults: dict[str, Any], clean: list[Run], f
         circumstances(),
         "",
         f"**Validation loss {faulty.val_loss:.4f} under faults; {mean:.4f} undisturbed, with a range of {noise:.4f}",
-        f"between seeds: {'within' if within else 'NOT within'} noise. Memory {'flat' if flat else 'NOT flat'}.**",
+        f"between seeds: {'not above' if within else 'ABOVE'} the largest of them plus that range. "
+        f"Memory {'flat' if flat else 'NOT flat'}.**",
         "",
         f"Syncs with a replica left out: {left_out}; back to the anchor, no replica being finite: {to_anchor};",
         f"resumed from steps {', '.join(resumed) or 'none'}.",

@@ -9,7 +9,7 @@ from lordo_ds.optimizer import LoRDO
 class RunHandle:
     """Replicas, the next sync, bytes sent, and numbers averaged over replicas.
 
-    `ddp_bytes_per_step` is what this rank would send per step if the gradients of all ranks were all-reduced;
+    `ddp_bytes_per_step` is what this rank would send across replicas per step if all gradients were all-reduced;
     `zero_stage` how the engine shards a replica.
     """
 
@@ -69,7 +69,7 @@ class RunHandle:
         assert self.optimizer.sync is not None
         if "loss" in values and self.optimizer.last_attempt_executed:
             self.optimizer.sync.faults.note_loss(float(values["loss"]), self.optimizer.attempted_steps)
-        self.optimizer.sync.rows.pending.append([float(values[key]) for key in keys])
+        self.optimizer.sync.rows.add([float(values[key]) for key in keys])
 
     def averaged_rows(self) -> list[dict[str, float]]:
         """Rows that were averaged since the last call, in the order of their steps."""

@@ -131,6 +131,9 @@ class LoRDO(torch.optim.Optimizer):
         self._facts = {fact.name: fact for fact in facts}
         self._tied = {weight.name for weight in tied}
         tied_stages = {weight.name: weight.stage for weight in tied}
+        precisions = {str(flat.tensor.dtype).removeprefix("torch.") for flat in flats}
+        if len(precisions) > 1:
+            raise ConfigError(f"LoRDO: parameters of several precisions, {sorted(precisions)}: give all in the same")
         fragments = []
         for (flat, piece), plan in zip(pieces, self.plans, strict=True):
             self._check_tensor(flat.tensor, plan)
@@ -193,7 +196,7 @@ class LoRDO(torch.optim.Optimizer):
                 flats.append(
                     FlatTensor(parameter, (Piece(ParameterFacts(name, shape, named=bool(names)), whole(shape)),))
                 )
-        wire = ReplicaWire()
+        wire, twins = ReplicaWire(), InsideComm()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             world = dist.get_world_size()
             per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -202,7 +205,7 @@ class LoRDO(torch.optim.Optimizer):
                 twins = InsideComm(groups.shard if len(groups.layout.shard_group(dist.get_rank())) > 1 else None)
                 wire = ReplicaWire(groups.replica, twins)
         device = flats[0].tensor.device if flats else torch.device("cpu")
-        self.attach(flats, wire, InsideReplica(device=device))
+        self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device))
 
     # -- the inner step ------------------------------------------------------------------------------
 
@@ -492,6 +495,7 @@ class LoRDO(torch.optim.Optimizer):
         assert self.sync is not None
         self.attempted_steps, self.executed_steps = counters.attempted_steps, counters.executed_steps
         self.sync.bases.look_again()
+        self.sync.faults.doubtful = False  # about steps that are undone
         for name in SYNC_COUNTERS:
             setattr(self.sync, name, getattr(counters, name))
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lordo_ds.dist.ledger import reduction_bytes
+from lordo_ds.dist.ledger import data_parallel_bytes
 from lordo_ds.handle import RunHandle
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.status import describe_start, status_of
@@ -24,7 +24,7 @@ class TrainingHandle(RunHandle):
         self, optimizer: LoRDO, replicas: Replicas, gradient_bytes: int, refresh_model: Callable[[], None]
     ) -> None:
         super().__init__(optimizer, replicas.groups)
-        self.ddp_bytes_per_step = reduction_bytes(gradient_bytes, replicas.data_parallel_size)
+        self.ddp_bytes_per_step = data_parallel_bytes(gradient_bytes, self.replicas, self.groups.layout.replica_size)
         self._refresh_model = refresh_model
         if dist.get_rank() == 0:
             for line in describe_start(self):

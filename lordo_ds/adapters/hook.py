@@ -32,7 +32,7 @@ from lordo_ds.core.grouping import model_facts
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.groups import ReplicaGroups, make_groups
 from lordo_ds.dist.inside import InsideComm, InsideReplica
-from lordo_ds.dist.ledger import reduction_bytes
+from lordo_ds.dist.ledger import data_parallel_bytes
 from lordo_ds.dist.wire import ReplicaWire
 from lordo_ds.handle import RunHandle
 from lordo_ds.status import describe_start, sync_events
@@ -81,7 +81,8 @@ class EngineHook(RunHandle):
             engine.training_dataloader = engine.deepspeed_io(training_data)
             if is_pipeline(engine):
                 engine._build_data_iter(training_data)
-        hook.ddp_bytes_per_step = reduction_bytes(gradient_bytes(engine), hook.data_parallel_size)
+        layout = groups.layout
+        hook.ddp_bytes_per_step = data_parallel_bytes(gradient_bytes(engine), hook.replicas, layout.replica_size)
         if engine.global_rank == 0:
             for line in describe_start(hook):
                 logger.info(line)

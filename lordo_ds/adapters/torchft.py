@@ -29,10 +29,14 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOption
 from lordo_ds.adapters.hook import hook
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.dist.faults import Faults
+from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.wire import ReplicaWire, SyncError
 from lordo_ds.optimizer import SYNC_COUNTERS, LoRDO
 
 logger = logging.getLogger("lordo_ds")
+
+# A sync that fails so often among the same replicas does not fail because one of them went away.
+_MOST_FAILURES = 3
 
 
 class Manager(Protocol):
@@ -57,6 +61,8 @@ class QuorumWire(ReplicaWire):
     def __init__(self, group: Any) -> None:
         super().__init__(None)
         self._quorum = group
+
+    steps_alike = False
 
     def take_quorum(self) -> bool:
         """After a quorum was formed: who this replica is among how many. Whether that has changed."""
@@ -111,9 +117,8 @@ class Membership:
     def cross_replicas(self) -> bool:
         """Instead of the optimizer's own `_cross_replicas`."""
         optimizer = self.optimizer
-        assert optimizer.sync is not None
         plan = sync_plan(optimizer.config, optimizer.attempted_steps)
-        if not plan.due and not optimizer.sync.bases.wait_for_all_replicas():
+        if not plan.due and not self._sync.bases.wait_for_all_replicas():
             return self._cross()
         return self._in_quorum(self._cross)
 
@@ -126,40 +131,49 @@ class Membership:
 
     def _in_quorum(self, run: Callable[[], bool]) -> bool:
         """Form a quorum and run; whatever breaks because a replica went away is undone and run by the rest."""
+        changed, healed, failures = False, False, 0
         while True:
             self._healed = False
             self.manager.start_quorum()
-            changed = self._take_quorum()
-            before = self.state()
+            failures = 0 if self._take_quorum() else failures
+            healed |= self._healed
+            if healed and self.optimizer.attempted_steps:  # also where a failure undid the sync that it joined in
+                self._sync.faults.doubtful = True
+            before, undo = self.state(), _Undo(self.optimizer)
             try:
                 if self.manager.errored() is None:
                     changed = run() or changed
             except RuntimeError as error:
-                if isinstance(error, SyncError):
+                failures += 1
+                if isinstance(error, SyncError) or failures == _MOST_FAILURES:
                     raise
                 logger.warning("LoRDO: a sync failed and is done again: %s", str(error).partition("\n")[0])
                 self.manager.report_error(error)
             if self.manager.should_commit():
-                return changed or self._healed
+                return changed or healed
             self._load(before)
+            undo.restore()
 
     def _take_quorum(self) -> bool:
-        optimizer = self.optimizer
-        assert optimizer.sync is not None
-        if self.wire.take_quorum():
-            logger.warning("LoRDO: %d replicas from step %d on", self.wire.replicas, optimizer.attempted_steps)
-            optimizer.sync.faults = _faults(optimizer, self.wire)  # replicas are numbered anew, and counted anew
-        if self._healed and optimizer.attempted_steps:
-            optimizer.sync.faults.leave_out_once()
-        return self._healed
+        """Whether the replicas are not those of the quorum before."""
+        if not self.wire.take_quorum():
+            return False
+        logger.warning("LoRDO: %d replicas from step %d on", self.wire.replicas, self.optimizer.attempted_steps)
+        faults = _faults(self.optimizer, self.wire)  # replicas are numbered anew, and counted anew
+        faults.doubtful = self._sync.faults.doubtful
+        self._sync.faults = faults
+        return True
+
+    @property
+    def _sync(self) -> OuterSync:
+        assert self.optimizer.sync is not None
+        return self.optimizer.sync
 
     # -- what a replica that joins takes over ---------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Copies of all that a sync may change, and so of all that a replica needs to take part in one."""
-        optimizer = self.optimizer
-        sync = optimizer.sync
-        assert sync is not None
+        optimizer, sync = self.optimizer, self._sync
         return {
             "items": {item.plan.name: {"weight": item.weight.clone(), **_copied(item.state)} for item in sync.items},
             "counters": {name: getattr(sync, name) for name in SYNC_COUNTERS},
@@ -170,17 +184,15 @@ class Membership:
     def _heal(self, state: dict[str, Any]) -> None:
         self._load(state)
         self._healed = True
-        assert self.optimizer.sync is not None
-        for item in self.optimizer.sync.items:  # gradients of weights that are no more
+        for item in self._sync.items:  # gradients of weights that are no more
             item.gradient = item.settings = item.own_pseudo_gradient = None
         self.optimizer._executed_now = False
+        self._sync.rows.pending = []  # of steps that this replica has not made
         logger.warning("LoRDO: took over the state of a live replica at step %d", self.optimizer.attempted_steps)
 
     @torch.no_grad()
     def _load(self, state: dict[str, Any]) -> None:
-        optimizer = self.optimizer
-        sync = optimizer.sync
-        assert sync is not None
+        optimizer, sync = self.optimizer, self._sync
         for item in sync.items:
             saved = state["items"][item.plan.name]
             item.weight.copy_(saved["weight"])
@@ -194,6 +206,27 @@ class Membership:
         optimizer.attempted_steps, optimizer.executed_steps = state["steps"]
         sync.rows.pending = [list(row) for row in state["rows"]]
         sync.bases.look_again()
+
+
+class _Undo:
+    """What else a sync uses up, of this replica alone: it has to be there again when the sync is done again."""
+
+    def __init__(self, optimizer: LoRDO) -> None:
+        assert optimizer.sync is not None
+        self.optimizer, self.sync, self.executed_now = optimizer, optimizer.sync, optimizer._executed_now
+        self.deferred = [(i.gradient, i.settings, i.own_pseudo_gradient) for i in self.sync.items]
+        self.rows = self.sync.rows.mark()
+        self.faults = self.sync.faults
+        self.doubtful = self.faults.doubtful
+        self.left_out = list(self.faults.left_out), list(self.faults.left_out_in_a_row)
+
+    def restore(self) -> None:
+        for item, deferred in zip(self.sync.items, self.deferred, strict=True):
+            item.gradient, item.settings, item.own_pseudo_gradient = deferred
+        self.optimizer._executed_now = self.executed_now
+        self.sync.rows.return_to(self.rows)
+        self.faults.doubtful = self.doubtful
+        self.faults.left_out, self.faults.left_out_in_a_row = self.left_out
 
 
 def _faults(optimizer: LoRDO, wire: QuorumWire) -> Faults:

@@ -20,9 +20,9 @@ class Comm:
     subclass whose ranks meet otherwise replaces these three.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, ledger: ByteLedger | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
-        self.ledger = ledger or ByteLedger()
+        self.ledger = ByteLedger()
         self.size = 1 if group is None else dist.get_world_size(group)
         self.index = 0 if group is None else dist.get_rank(group)
         self._staged = group is not None and dist.get_backend(group) == "nccl"

@@ -21,7 +21,8 @@ class Faults:
     """Keeps replicas whose state or loss is not finite out of the averages, and counts them.
 
     `left_out_in_a_row` and `left_out` count, per replica and since the start of the process, the syncs that it could
-    not take part in; they are equal on all ranks. `why` is what it may have been.
+    not take part in; they are equal on all ranks. `why` is what it may have been. `doubtful`: this replica is left out of
+    the next sync, whatever its state.
     """
 
     why = "not finite"
@@ -32,7 +33,7 @@ class Faults:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
         self.left_out_in_a_row = [0] * wire.replicas
         self.left_out = [0] * wire.replicas
-        self._doubtful = False
+        self.doubtful = False
 
     # -- which replicas take part --------------------------------------------------------------------
 
@@ -43,18 +44,14 @@ class Faults:
         """
         if not math.isfinite(loss):
             logger.warning("LoRDO: replica %d had a loss of %s at step %d", self.wire.index, loss, step)
-            self._doubtful = True
-
-    def leave_out_once(self) -> None:
-        """This replica has nothing to contribute to the next sync, and only takes over what comes of it."""
-        self._doubtful = True
+            self.doubtful = True
 
     def replica_is_finite(self) -> bool:
         """Whether this replica may take part in the sync that begins. Collective inside the replica."""
         broken = [] if all_finite([t for item in self.items for t in _tensors(item)]) else self._broken()
         for name in broken[:1]:
             logger.warning("LoRDO: %s of replica %d is not finite", name, self.wire.index)
-        bad, self._doubtful = self._doubtful or bool(broken), False
+        bad, self.doubtful = self.doubtful or bool(broken), False
         return not self.inside.any_rank(bad)
 
     def _broken(self) -> list[str]:

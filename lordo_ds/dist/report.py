@@ -29,21 +29,47 @@ class SyncReport:
 
 
 class RowAverager:
-    """Rows of numbers, one per step, averaged over all ranks in one reduction that rides with a sync."""
+    """Rows of numbers, one per step, averaged over all ranks in one reduction that rides with a sync.
+
+    A pending row ends in how many ranks it is of: 1, or 0 where this one had no part in the step.
+    """
 
     def __init__(self) -> None:
         self.pending: list[list[float]] = []
         self._averaged: list[list[float]] = []
 
-    def reduce(self, wire: ReplicaWire, inside: InsideReplica) -> None:
-        """Average the pending rows. Collective: every rank has recorded equally many."""
-        if not self.pending:
+    def add(self, values: Sequence[float]) -> None:
+        self.pending.append([*values, 1.0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows pending, and their length."""
+        return len(self.pending), len(self.pending[0]) if self.pending else 0
+
+    def reduce(self, wire: ReplicaWire, inside: InsideReplica, shapes: Tensor | None = None) -> None:
+        """Average the pending rows. Collective.
+
+        Args:
+            shapes: (replicas, 2), every replica's `shape`; one that has made the last steps only has fewer rows. Default:
+                all have this rank's.
+        """
+        count, length = self.shape if shapes is None else shapes.amax(0).tolist()
+        if not count:
             return
-        table = torch.tensor(self.pending, dtype=torch.float64, device=inside.device)
+        missed = [[0.0] * length] * (count - len(self.pending))
+        table = torch.tensor(missed + self.pending, dtype=torch.float64, device=inside.device)
         inside.rows.sum_(table, "rows")
-        wire.sum_(table, "rows").div_(wire.replicas * inside.rows.size)
-        self._averaged += table.tolist()
+        wire.sum_(table, "rows")
+        self._averaged += (table[:, :-1] / table[:, -1:]).tolist()
         self.pending = []
+
+    def mark(self) -> tuple[list[list[float]], int]:
+        """What `return_to` needs to undo what comes after."""
+        return [list(row) for row in self.pending], len(self._averaged)
+
+    def return_to(self, mark: tuple[list[list[float]], int]) -> None:
+        self.pending = [list(row) for row in mark[0]]
+        del self._averaged[mark[1] :]
 
     def take(self) -> list[list[float]]:
         """Rows averaged since the last call, in order."""

@@ -16,6 +16,7 @@ from lordo_ds.core.outer import pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.dist.bases import Bases
 from lordo_ds.dist.checksum import checksum
+from lordo_ds.dist.comm import Comm
 from lordo_ds.dist.copies import TensorCopies, TiedCopies, TiedWeight
 from lordo_ds.dist.faults import Faults
 from lordo_ds.dist.fragment import Fragment
@@ -29,7 +30,7 @@ from lordo_ds.dist.wire import ReplicaWire, SyncError
 logger = logging.getLogger("lordo_ds")
 
 DEFAULT_BUCKET_NUMEL = 1 << 24  # elements of a shard reduced in one message; bounds the workspace of a sync
-_HEADER_FIELDS = 6  # step, rows, finite, executed steps, executed now, basis checksum
+_HEADER_FIELDS = 7  # step, rows, their length, finite, executed steps, executed now, basis checksum
 _TRAILER_FIELDS = 4  # checksum, |D_m|^2, energy inside the basis, energy
 
 
@@ -55,7 +56,10 @@ class OuterSync:
         self.outer_step = OuterStep(config, inside)
         self.tensor_copies, self.tied_copies = TensorCopies(items, inside.tensor), TiedCopies(items, tied)
         order = [self.items[i] for i in balanced_order([item.intervals for item in self.items])]
-        bounds = bucket_bounds([item.plan.numel for item in order], inside.shard.size * bucket_numel)
+        whole = [item.plan.numel for item in order if item.plan.low_rank and config.outer.orthogonalize]
+        # Enough for every shard: a matrix to work on, or its part of the message.
+        bound = inside.shard.size * max([bucket_numel, *whole])
+        bounds = bucket_bounds([item.plan.numel for item in order], bound)
         self.buckets = [order[a:b] for a, b in bounds]
         self.syncs = 0
         self.nonfinite_syncs = 0
@@ -68,12 +72,8 @@ class OuterSync:
 
     def start(self) -> bool:
         """Make the weights equal to those of replica 0 and set the anchors; True if they were equal before."""
-        equal = True
-        if self.wire.replicas > 1:
-            sums = self.wire.gather(self.inside.vector([checksum(item.weight for item in self.items)]), "start")
-            equal = bool((sums == sums[0]).all())
-            for item in self.items if not equal else ():
-                self.wire.broadcast_(item.weight, "start")
+        equal = self._equalise(self.wire) if self.wire.replicas > 1 else True
+        equal &= self._equalise(self.wire.twins)
         if not self.tensor_copies.start_():
             logger.warning("LoRDO: tensor-parallel ranks started with different copies; all now have the first one's")
         self.tied_copies.republish_(moments=False)
@@ -82,6 +82,14 @@ class OuterSync:
                 item.state["anchor"] = self._place(item.weight)
             if not self.config.outer.is_plain_average:
                 item.state["outer_momentum"] = self._place(torch.zeros_like(item.weight), torch.float32)
+        return equal
+
+    def _equalise(self, group: Comm) -> bool:
+        """Give all ranks of the group the weights of the first; whether they were equal before."""
+        sums = group.gather(self.inside.vector([checksum(item.weight for item in self.items)]), "start")
+        equal = bool((sums == sums[0]).all())
+        for item in self.items if not equal else ():
+            group.broadcast_(item.weight, "start")
         return equal
 
     def needs_anchor(self, plan: ParameterPlan) -> bool:
@@ -127,11 +135,11 @@ class OuterSync:
         """
         began, sent_before = time.perf_counter(), self.wire.ledger.total_bytes
         header = self._exchange_header(step, executed_steps, executed_now)
-        finite = header[:, 2].bool().tolist()
+        finite = header[:, 3].bool().tolist()
         participants = self.faults.participants(finite, step)
         report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
-        self.rows.reduce(self.wire, self.inside)
-        common_executed = int(header[participants or slice(None), 3].max())
+        self.rows.reduce(self.wire, self.inside, header[:, 1:3])
+        common_executed = int(header[participants or slice(None), 4].max())
         if participants:
             self.nonfinite_syncs = 0
             self.left_out_syncs += not all(finite)
@@ -152,12 +160,13 @@ class OuterSync:
         can_return = self.wire.replicas > 1 or not self.config.outer.is_plain_average
         finite = not can_return or self.faults.replica_is_finite()
         shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
-        fields = [step, len(self.rows.pending), int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
+        fields = [step, *self.rows.shape, int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
         assert len(fields) == _HEADER_FIELDS
         header = self.wire.gather(self.inside.vector(fields + [item.step for bucket in self.buckets for item in bucket]), "header").cpu()
         self.wire.assert_same("step", header[:, 0])
-        self.wire.assert_same("recorded rows", header[:, 1])
-        if not bool((header[:, 5] == header[0, 5]).all()):
+        if self.wire.steps_alike:
+            self.wire.assert_same("recorded rows", header[:, 1])
+        if not bool((header[:, 6] == header[0, 6]).all()):
             raise SyncError(
                 f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
             )
@@ -168,7 +177,7 @@ class OuterSync:
     ) -> tuple[float, ...]:
         """Returns this rank's share of what the report adds up: see `_finish`."""
         takes_part = self.wire.index in participants
-        gives_gradient = [m for m in participants if header[m, 4]]
+        gives_gradient = [m for m in participants if header[m, 5]]
         own_norm, mean_norm, overlaps = 0.0, 0.0, [0.0, 0.0]
         position = _HEADER_FIELDS
         for bucket in self.buckets:
@@ -301,8 +310,9 @@ class OuterSync:
         return "no single parameter"
 
     def flush_rows(self) -> None:
-        """Average the recorded rows now, apart from a sync. Collective: every rank has recorded equally many."""
-        self.rows.reduce(self.wire, self.inside)
+        """Average the recorded rows now, apart from a sync. Collective."""
+        shapes = None if self.wire.steps_alike else self.wire.gather(self.inside.vector([*self.rows.shape]), "header")
+        self.rows.reduce(self.wire, self.inside, shapes)
 
     def predicted_bytes(self, plan: SyncPlan, rows: int, row_length: int) -> int:
         """Bytes that this rank sends across replicas in an ordinary sync (all replicas take part)."""
@@ -313,7 +323,7 @@ class OuterSync:
             8 * _TRAILER_FIELDS, replicas
         )
         if rows:
-            sent += self.wire.sum_bytes(rows * row_length, 8)
+            sent += self.wire.sum_bytes(rows * (row_length + 1), 8)
         for bucket in self.buckets:
             width = bucket[0].weight.element_size()
             wire_width = 2 if self.config.pseudo_gradient_dtype == "bf16" else width

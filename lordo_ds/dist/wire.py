@@ -19,7 +19,10 @@ class ReplicaWire(Comm):
 
     `twins` are the ranks of this replica that hold what this one holds (all of them at ZeRO 0). Each takes one part of
     a sum across replicas, and they tell one another the result: the links between replicas carry it once.
+    `steps_alike`: all replicas have made all steps.
     """
+
+    steps_alike = True
 
     def __init__(self, group: dist.ProcessGroup | None = None, twins: InsideComm | None = None) -> None:
         super().__init__(group)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Set as AbstractSet
 from typing import Any
@@ -197,3 +198,42 @@ def test_the_second_moment_may_be_averaged_more_often_than_the_first() -> None:
     """Re-expressing v mixes in each replica's own u, so v then differs by right: no reason to stop the run."""
     settings = {"lr": 1e-2, "eps": 1e-2, "rank": 2, "sync_interval": 2, "moment_sync_interval": [4, 2]}
     assert run_ranks(first_difference, 2, settings=settings, skips=set(), nans=set(), timeout_s=60) == ["", ""]
+
+
+# -- replicas of two ranks that hold the same, without an engine ------------------------------------
+
+
+def twins(least: int, start_apart: bool = False) -> dict[str, Any]:
+    """Two replicas of two ranks; the state of one rank breaks before the second sync."""
+    torch.set_num_threads(1)
+    rank = dist.get_rank()
+    weight = torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(rank if start_apart else 0)))
+    optimizer = LoRDO(
+        [("a.weight", weight)], lr=1e-2, rank=2, sync_interval=2, replica_size=2, min_participants=least,
+        sync_timeout_s=60,
+    )  # fmt: skip
+    participants, returned = [], []
+    for step in range(1, 7):
+        weight.grad = torch.randn(6, 8, generator=torch.Generator().manual_seed(100 * step + rank // 2))
+        optimizer.step()
+        if step == 3 and rank == 1 and not start_apart:
+            assert optimizer.sync is not None
+            optimizer.sync.items[0].state["exp_avg"].fill_(math.nan)
+        if optimizer.synced:
+            assert optimizer.last_report is not None
+            participants.append(optimizer.last_report.participants)
+            returned.append(optimizer.last_report.returned_to_anchor)
+    return {"participants": participants, "returned": returned, "weight": weight.detach().clone()}
+
+
+@pytest.mark.parametrize(("least", "participants", "returned"), [(1, [2, 1, 2], False), (2, [2, 0, 2], True)])
+def test_ranks_that_hold_the_same_agree_on_who_takes_part(least: int, participants: list[int], returned: bool) -> None:
+    found = run_ranks(twins, 4, least, timeout_s=120)
+    for each in found:
+        assert each["participants"] == participants and each["returned"] == [False, returned, False]
+        assert bool(torch.isfinite(each["weight"]).all()) and torch.equal(each["weight"], found[0]["weight"])
+
+
+def test_ranks_that_hold_the_same_start_from_the_same_weights() -> None:
+    found = run_ranks(twins, 4, 1, True, timeout_s=120)
+    assert all(torch.equal(each["weight"], found[0]["weight"]) for each in found)

@@ -150,6 +150,7 @@ class Story:
 
     weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
+    participants: dict[int, int] = field(default_factory=dict)
 
     @property
     def end(self) -> dict[str, Tensor]:
@@ -157,7 +158,12 @@ class Story:
 
 
 def train(
-    manager: Any, group: Any, replica: int, steps: int = STEPS, each_step: Callable[[int], None] = lambda step: None
+    manager: Any,
+    group: Any,
+    replica: int,
+    steps: int = STEPS,
+    each_step: Callable[[int], None] = lambda step: None,
+    finished: Callable[[Any], None] = lambda optimizer: None,
 ) -> Story:
     """One replica's job."""
     named = [(name, torch.nn.Parameter(w)) for name, w in problems.initial_weights(DTYPE).items()]
@@ -170,8 +176,13 @@ def train(
         for name, parameter in named:
             parameter.grad = problems.gradients(step, replica, DTYPE)[name]
         optimizer.step()
+        assert optimizer.sync is not None
+        optimizer.sync.rows.add([float(step)])
         story.weights[step] = {name: parameter.detach().clone() for name, parameter in named}
         story.sizes[step] = membership.wire.replicas
+        if optimizer.synced and optimizer.last_report is not None:
+            story.participants[step] = optimizer.last_report.participants
+    finished(optimizer)
     return story
 
 
@@ -266,6 +277,62 @@ def test_a_sync_that_a_replica_dies_in_is_undone_and_done_by_the_others(collecti
     assert sorted(found) == [0, 1]
     assert_all_equal(found)
     assert found[0].sizes[STEPS] == 2
+
+
+@pytest.mark.parametrize("collective", [8, 12, 16, 20])
+def test_numbers_recorded_before_a_sync_that_is_undone_are_averaged_once(collective: int) -> None:
+    world = World({0, 1, 2}, dies_in_collective={2: collective})
+    rows: dict[int, list[list[float]]] = {}
+
+    def recorded(replica: int) -> Callable[[], Story]:
+        manager = FakeManager(world, replica)
+        return lambda: train(manager, manager, replica, finished=lambda o: rows.update({replica: o.sync.rows.take()}))
+
+    in_threads(world, {m: recorded(m) for m in range(3)})
+    for replica in (0, 1):
+        steps = [row[0] for row in rows[replica]]
+        assert steps == sorted(set(steps)) and len(steps) > STEPS - 4
+
+
+def test_a_replica_that_joins_in_a_sync_that_is_undone_does_not_count_in_its_repetition() -> None:
+    world = World({0, 1})
+    managers = {m: FakeManager(world, m) for m in range(2)}
+    late: list[threading.Thread] = []
+    found: dict[int, Any] = {}
+
+    def joins(step: int) -> None:
+        if step == 5:  # between the syncs at 3 and 6; replica 1 dies in the one at 6
+            with world.condition:
+                world.alive.add(2)
+            manager = FakeManager(world, 2, managers[0].quorums)
+            late.append(threading.Thread(target=lambda: found.update({2: train(manager, manager, 2)})))
+            late[0].start()
+            world.dies_in_collective[1] = managers[1].collectives + 3
+
+    found |= in_threads(
+        world,
+        {
+            0: lambda: train(managers[0], managers[0], 0, each_step=joins),
+            1: lambda: train(managers[1], managers[1], 1),
+        },
+    )
+    late[0].join(30)
+    assert sorted(found) == [0, 2] and found[0].sizes[6] == 2
+    assert found[0].participants[6] == 1, "the one that joined has contributed nothing yet"
+    assert found[0].participants[9] == 2
+    assert_all_equal(found)
+
+
+def test_an_error_that_no_replica_is_to_blame_for_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lordo_ds.dist import sync
+
+    def fails(*_: Any) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(sync.OuterSync, "_sync_participants", fails)
+    world = World({0, 1})
+    with pytest.raises(RuntimeError, match="did not converge"):
+        in_threads(world, {m: start(world, m) for m in range(2)})
 
 
 def test_what_it_cannot_do_is_refused() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from lordo_ds.dist.ledger import ByteLedger, gather_bytes, reduction_bytes
+from lordo_ds.dist.ledger import ByteLedger, data_parallel_bytes, gather_bytes, reduction_bytes
 
 
 def test_a_reduction_sends_twice_the_payload_less_a_share() -> None:
     assert [reduction_bytes(1200, replicas) for replicas in (1, 2, 3, 4)] == [0, 1200, 1600, 1800]
+
+
+def test_data_parallel_training_is_charged_what_crosses_replicas() -> None:
+    assert data_parallel_bytes(800, replicas=4, replica_size=1) == reduction_bytes(800, 4)
+    assert data_parallel_bytes(800, replicas=2, replica_size=8) == 100  # each of 8 ranks takes its part, once
+    assert data_parallel_bytes(800, replicas=1, replica_size=4) == reduction_bytes(800, 4)
 
 
 def test_a_gather_sends_the_payload_to_each_of_the_others() -> None:
