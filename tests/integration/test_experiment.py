@@ -154,7 +154,7 @@ def test_chosen_runs_answer_held_out_tasks_at_their_end(finished: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("page", "grid", "tier"),
-    [("claims", "claims", "small"), ("claims_1m", "claims", "full"), ("research", "research", "small")],
+    [("claims", "claims", "small"), ("claims_full", "claims", "full"), ("research", "research", "small")],
 )
 def test_the_committed_page_says_what_the_committed_rows_say(page: str, grid: str, tier: str, tmp_path: Path) -> None:
     docs = ROOT / "docs"
@@ -177,6 +177,6 @@ def test_the_committed_page_says_what_the_committed_rows_say(page: str, grid: st
 
     assert numbers((tmp_path / f"{page}.md").read_text()) == numbers((docs / f"{page}.md").read_text())
     pictures = sorted(
-        path.name for path in docs.glob(f"{page}_*.png") if page != "claims" or "claims_1m" not in path.name
+        path.name for path in docs.glob(f"{page}_*.png") if page != "claims" or "claims_full" not in path.name
     )
     assert pictures and pictures == sorted(path.name for path in tmp_path.glob("*.png"))
