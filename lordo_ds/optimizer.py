@@ -202,7 +202,7 @@ class LoRDO(torch.optim.Optimizer):
             per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
             groups = replica_groups(replica_layout(range(world), self.config.replica_size, per_node))
             if groups.layout.replica_count > 1:
-                twins = InsideComm(groups.shard if len(groups.layout.shard_group(dist.get_rank())) > 1 else None)
+                twins = InsideComm(groups.shard)
                 wire = ReplicaWire(groups.replica, twins)
         device = flats[0].tensor.device if flats else torch.device("cpu")
         self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device))

@@ -165,16 +165,14 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
         for parameter, fact in facts.items()
         if parameter in tensors
     ]
-    twins = _comm(groups.shard)
-    wire = ReplicaWire(groups.replica if groups.layout.replica_count > 1 else None, twins)
+    twins = InsideComm(groups.shard)
+    wire = ReplicaWire(groups.replica, twins)
     device = flats[0].tensor.device
     equalise_untrained(SimpleNamespace(module=model, device=device), tensors.keys(), wire)
-    inside = InsideReplica(tensor=_comm(groups.tensor), everyone=_comm(groups.inside), rows=twins, device=device)
+    inside = InsideReplica(
+        tensor=InsideComm(groups.tensor), everyone=InsideComm(groups.inside), rows=twins, device=device
+    )
     lordo.attach(flats, wire, inside, _tied(model, facts))
-
-
-def _comm(group: dist.ProcessGroup) -> InsideComm:
-    return InsideComm(group if dist.get_world_size(group) > 1 else None)
 
 
 def named_facts(model: nn.Module, tensor_size: int) -> dict[nn.Parameter, ParameterFacts]:

@@ -90,8 +90,8 @@ class EngineHook(RunHandle):
 
     def _attach_optimizer(self, engine: Any) -> None:
         groups, facts = self.groups, model_facts(engine.module, self.groups.tensor_size)
-        rows, sharded = InsideComm(_unless_alone(groups.shard)), bool(shard_groups(engine))
-        wire = ReplicaWire(_unless_alone(groups.replica), twins=None if sharded else rows)
+        rows, sharded = InsideComm(groups.shard), bool(shard_groups(engine))
+        wire = ReplicaWire(groups.replica, twins=None if sharded else rows)
         flats = flat_tensors(engine, facts)
         names = {piece.facts.name for flat in flats for piece in flat.pieces}
         trained = {parameter for parameter, fact in facts.items() if fact.name in names}
@@ -108,8 +108,8 @@ class EngineHook(RunHandle):
         inside = InsideReplica(
             # At stage 0 every rank of a replica steps whole parameters; what it records is its own all the same.
             shard=rows if sharded else InsideComm(),
-            tensor=InsideComm(_unless_alone(groups.tensor)),
-            everyone=InsideComm(_unless_alone(groups.inside)),
+            tensor=InsideComm(groups.tensor),
+            everyone=InsideComm(groups.inside),
             rows=rows,
             device=engine.device,
         )
@@ -242,10 +242,6 @@ class EngineHook(RunHandle):
             engine.dp_world_size = inside
 
 
-def _unless_alone(group: dist.ProcessGroup) -> dist.ProcessGroup | None:
-    return group if dist.get_world_size(group) > 1 else None
-
-
 def _tied_weights(stage_ranks: dict[str, tuple[int, ...]], shard: InsideComm) -> list[TiedWeight]:
     """With the copies of all shards, which the stages cut in different places. Collective over all ranks."""
     holders = [list(stage_ranks.values())]
@@ -255,7 +251,7 @@ def _tied_weights(stage_ranks: dict[str, tuple[int, ...]], shard: InsideComm) ->
     groups = make_groups([sorted(rank for ranks in same for rank in ranks) for same in zip(*holders, strict=True)])
     me = dist.get_rank()
     return [
-        TiedWeight(name, InsideComm(_unless_alone(group)), ranks.index(me), len(ranks))
+        TiedWeight(name, InsideComm(group), ranks.index(me), len(ranks))
         for (name, ranks), group in zip(stage_ranks.items(), groups, strict=True)
     ]
 

@@ -58,11 +58,11 @@ class Manager(Protocol):
 class QuorumWire(ReplicaWire):
     """The replica group of the present quorum; `group` is the torchft process group that the manager reconfigures."""
 
+    steps_alike = False
+
     def __init__(self, group: Any) -> None:
         super().__init__(None)
         self._quorum = group
-
-    steps_alike = False
 
     def take_quorum(self) -> bool:
         """After a quorum was formed: who this replica is among how many. Whether that has changed."""
@@ -178,7 +178,6 @@ class Membership:
             "items": {item.plan.name: {"weight": item.weight.clone(), **_copied(item.state)} for item in sync.items},
             "counters": {name: getattr(sync, name) for name in SYNC_COUNTERS},
             "steps": [optimizer.attempted_steps, optimizer.executed_steps],
-            "rows": [list(row) for row in sync.rows.pending],
         }
 
     def _heal(self, state: dict[str, Any]) -> None:
@@ -204,7 +203,6 @@ class Membership:
         for name in SYNC_COUNTERS:
             setattr(sync, name, state["counters"][name])
         optimizer.attempted_steps, optimizer.executed_steps = state["steps"]
-        sync.rows.pending = [list(row) for row in state["rows"]]
         sync.bases.look_again()
 
 

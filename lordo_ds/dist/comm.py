@@ -13,7 +13,7 @@ from lordo_ds.dist.ledger import ByteLedger, gather_bytes, reduction_bytes
 
 
 class Comm:
-    """One group of ranks. Alone in it (`group` None), every operation is the identity and sends nothing.
+    """One group of ranks. Alone in it (of one rank, or None), every operation is the identity and sends nothing.
 
     `kind` names in the ledger what was sent for. With NCCL, tensors that live on the host (offloaded optimizer
     state) travel through the device. What carries the bytes are `_all_reduce`, `_broadcast` and `_all_gather`: a

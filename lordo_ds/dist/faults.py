@@ -21,8 +21,8 @@ class Faults:
     """Keeps replicas whose state or loss is not finite out of the averages, and counts them.
 
     `left_out_in_a_row` and `left_out` count, per replica and since the start of the process, the syncs that it could
-    not take part in; they are equal on all ranks. `why` is what it may have been. `doubtful`: this replica is left out of
-    the next sync, whatever its state.
+    not take part in; they are equal on all ranks. `why` is what it may have been. `doubtful`: this replica is left out
+    of the next sync, whatever its state.
     """
 
     why = "not finite"

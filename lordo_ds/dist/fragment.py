@@ -225,7 +225,6 @@ class Fragment:
             self.basis.copy_(whole[first:last])
         self.state["has_basis"] = True
 
-
     # -- a whole matrix ------------------------------------------------------------------------------
 
     def whole_matrix(self, elements: Tensor) -> Tensor:

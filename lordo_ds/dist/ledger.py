@@ -18,8 +18,8 @@ def gather_bytes(payload_bytes: int, replicas: int) -> int:
 def data_parallel_bytes(gradient_bytes: int, replicas: int, replica_size: int) -> int:
     """Bytes that a rank sends across replicas for each step of data-parallel training.
 
-    The ranks of a replica share its links: each takes its part of the gradients around the replicas, as in a sync. Of one
-    replica alone: what its ranks send each other.
+    The ranks of a replica share its links: each takes its part of the gradients around the replicas, as in a sync.
+    Of one replica alone: what its ranks send each other.
     """
     if replicas == 1:
         return reduction_bytes(gradient_bytes, replica_size)

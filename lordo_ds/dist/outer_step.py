@@ -71,7 +71,6 @@ class OuterStep:
             pieces = shard.exchange(parts, arriving, updates[0], "outer")
             for position, i in enumerate(guests):
                 whole[i] = _joined([pieces[rank][position] for rank in ranks], held[i])
-
             del parts, pieces
         done = {i: self._orthogonalized_whole(items[i], whole.pop(i)) for i in own}
         if travel:

@@ -50,8 +50,8 @@ class RowAverager:
         """Average the pending rows. Collective.
 
         Args:
-            shapes: (replicas, 2), every replica's `shape`; one that has made the last steps only has fewer rows. Default:
-                all have this rank's.
+            shapes: (replicas, 2), every replica's `shape`; one that has made the last steps only has fewer rows.
+                Default: all have this rank's.
         """
         count, length = self.shape if shapes is None else shapes.amax(0).tolist()
         if not count:

@@ -162,7 +162,9 @@ class OuterSync:
         shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
         fields = [step, *self.rows.shape, int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
         assert len(fields) == _HEADER_FIELDS
-        header = self.wire.gather(self.inside.vector(fields + [item.step for bucket in self.buckets for item in bucket]), "header").cpu()
+        header = self.wire.gather(
+            self.inside.vector(fields + [item.step for bucket in self.buckets for item in bucket]), "header"
+        ).cpu()
         self.wire.assert_same("step", header[:, 0])
         if self.wire.steps_alike:
             self.wire.assert_same("recorded rows", header[:, 1])

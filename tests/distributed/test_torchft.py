@@ -240,7 +240,8 @@ def test_under_a_quorum_of_all_the_trajectory_is_the_reference() -> None:
         torch.testing.assert_close(found[0].end[name], weight, rtol=0, atol=1e-6)
 
 
-def test_a_replica_that_joins_heals_at_a_sync_and_counts_from_the_next() -> None:
+def joined_at_6(dies_in_it: bool) -> dict[int, Story]:
+    """Replicas 0 and 1; replica 2 joins in the sync at step 6, in which replica 1 may die."""
     world = World({0, 1})
     managers = {m: FakeManager(world, m) for m in range(2)}
     late: list[threading.Thread] = []
@@ -253,6 +254,8 @@ def test_a_replica_that_joins_heals_at_a_sync_and_counts_from_the_next() -> None
             manager = FakeManager(world, 2, managers[0].quorums)
             late.append(threading.Thread(target=lambda: found.update({2: train(manager, manager, 2)})))
             late[0].start()
+            if dies_in_it:
+                world.dies_in_collective[1] = managers[1].collectives + 3
 
     found |= in_threads(
         world,
@@ -263,6 +266,11 @@ def test_a_replica_that_joins_heals_at_a_sync_and_counts_from_the_next() -> None
     )
     late[0].join(30)
     assert_all_equal(found)
+    return found
+
+
+def test_a_replica_that_joins_heals_at_a_sync_and_counts_from_the_next() -> None:
+    found = joined_at_6(dies_in_it=False)
     assert min(found[2].weights) == 7 and found[2].sizes[7] == 3
     for name, weight in by_reference(2, 6).items():  # nothing of the newcomer's in the sync that it joined in
         torch.testing.assert_close(found[0].weights[6][name], weight, rtol=0, atol=1e-6)
@@ -295,32 +303,10 @@ def test_numbers_recorded_before_a_sync_that_is_undone_are_averaged_once(collect
 
 
 def test_a_replica_that_joins_in_a_sync_that_is_undone_does_not_count_in_its_repetition() -> None:
-    world = World({0, 1})
-    managers = {m: FakeManager(world, m) for m in range(2)}
-    late: list[threading.Thread] = []
-    found: dict[int, Any] = {}
-
-    def joins(step: int) -> None:
-        if step == 5:  # between the syncs at 3 and 6; replica 1 dies in the one at 6
-            with world.condition:
-                world.alive.add(2)
-            manager = FakeManager(world, 2, managers[0].quorums)
-            late.append(threading.Thread(target=lambda: found.update({2: train(manager, manager, 2)})))
-            late[0].start()
-            world.dies_in_collective[1] = managers[1].collectives + 3
-
-    found |= in_threads(
-        world,
-        {
-            0: lambda: train(managers[0], managers[0], 0, each_step=joins),
-            1: lambda: train(managers[1], managers[1], 1),
-        },
-    )
-    late[0].join(30)
+    found = joined_at_6(dies_in_it=True)
     assert sorted(found) == [0, 2] and found[0].sizes[6] == 2
     assert found[0].participants[6] == 1, "the one that joined has contributed nothing yet"
     assert found[0].participants[9] == 2
-    assert_all_equal(found)
 
 
 def test_an_error_that_no_replica_is_to_blame_for_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ def test_the_residual_gain_enlarges_what_lies_outside_the_basis_and_nothing_else
     assert torch.equal(D, given)
     inside = Q @ (Q.mT @ plan.orient(D))
     torch.testing.assert_close(gained, inside + 2.5 * (plan.orient(D) - inside))
+    torch.testing.assert_close(Q.mT @ gained, Q.mT @ plan.orient(D))
 
 
 @pytest.mark.parametrize(("orthogonalize", "matrices"), [(False, 1), (True, 2)])
