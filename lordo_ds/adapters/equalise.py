@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lordo_ds.dist.checksum import checksum
+from lordo_ds.dist.comm import Comm
 from lordo_ds.dist.wire import ReplicaWire
 
 
@@ -23,13 +24,19 @@ def equalise_untrained(engine: Any, trained: Collection[nn.Parameter], wire: Rep
     frozen = [p for p in engine.module.parameters() if p not in trained]
     stored = [p.data if getattr(p, "ds_tensor", None) is None else p.ds_tensor.data for p in frozen]
     tensors = [t for t in [*stored, *engine.module.buffers()] if t.numel()]
-    mine = torch.tensor([checksum(_bytes(t) for t in tensors)], dtype=torch.int64, device=engine.device)
-    sums = wire.gather(mine, "start")
+    # Ranks that hold the same first: together they then divide what crosses replicas.
+    for group in (wire.twins, wire):
+        _equalise(tensors, group, engine.device)
+
+
+def _equalise(tensors: list[Tensor], group: Comm, device: torch.device) -> None:
+    mine = torch.tensor([checksum(_bytes(t) for t in tensors)], dtype=torch.int64, device=device)
+    sums = group.gather(mine, "start")
     if bool((sums == sums[0]).all()):
         return
     for tensor in tensors:
         # As bytes, which every backend and dtype agrees on, through the device that the backend serves.
-        received = wire.broadcast_(_bytes(tensor).to(engine.device), "start")
+        received = group.broadcast_(_bytes(tensor).to(device), "start")
         tensor.copy_(received.to(tensor.device).view(tensor.dtype).view(tensor.shape))
 
 

@@ -72,8 +72,8 @@ class OuterSync:
 
     def start(self) -> bool:
         """Make the weights equal to those of replica 0 and set the anchors; True if they were equal before."""
-        equal = self._equalise(self.wire) if self.wire.replicas > 1 else True
-        equal &= self._equalise(self.wire.twins)
+        # Those of one replica first: only equal ones may divide what crosses replicas.
+        equal = [self._equalise(group) for group in (self.wire.twins, self.wire)]
         if not self.tensor_copies.start_():
             logger.warning("LoRDO: tensor-parallel ranks started with different copies; all now have the first one's")
         self.tied_copies.republish_(moments=False)
@@ -82,7 +82,7 @@ class OuterSync:
                 item.state["anchor"] = self._place(item.weight)
             if not self.config.outer.is_plain_average:
                 item.state["outer_momentum"] = self._place(torch.zeros_like(item.weight), torch.float32)
-        return equal
+        return all(equal)
 
     def _equalise(self, group: Comm) -> bool:
         """Give all ranks of the group the weights of the first; whether they were equal before."""

@@ -203,11 +203,12 @@ def test_the_second_moment_may_be_averaged_more_often_than_the_first() -> None:
 # -- replicas of two ranks that hold the same, without an engine ------------------------------------
 
 
-def twins(least: int, start_apart: bool = False) -> dict[str, Any]:
-    """Two replicas of two ranks; the state of one rank breaks before the second sync."""
+def twins(least: int, start_apart: str = "") -> dict[str, Any]:
+    """Two replicas of two ranks; unless ranks or replicas start apart, one's state breaks before sync 2."""
     torch.set_num_threads(1)
     rank = dist.get_rank()
-    weight = torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(rank if start_apart else 0)))
+    seed = {"": 0, "ranks": rank, "replicas": rank // 2}[start_apart]
+    weight = torch.nn.Parameter(torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)))
     optimizer = LoRDO(
         [("a.weight", weight)], lr=1e-2, rank=2, sync_interval=2, replica_size=2, min_participants=least,
         sync_timeout_s=60,
@@ -223,7 +224,9 @@ def twins(least: int, start_apart: bool = False) -> dict[str, Any]:
             assert optimizer.last_report is not None
             participants.append(optimizer.last_report.participants)
             returned.append(optimizer.last_report.returned_to_anchor)
-    return {"participants": participants, "returned": returned, "weight": weight.detach().clone()}
+    assert optimizer.sync is not None
+    sent = optimizer.sync.wire.ledger.by_kind
+    return {"participants": participants, "returned": returned, "weight": weight.detach().clone(), "sent": dict(sent)}
 
 
 @pytest.mark.parametrize(("least", "participants", "returned"), [(1, [2, 1, 2], False), (2, [2, 0, 2], True)])
@@ -232,8 +235,15 @@ def test_ranks_that_hold_the_same_agree_on_who_takes_part(least: int, participan
     for each in found:
         assert each["participants"] == participants and each["returned"] == [False, returned, False]
         assert bool(torch.isfinite(each["weight"]).all()) and torch.equal(each["weight"], found[0]["weight"])
+    # The replica that was left out gets basis and moments of rank 2 in fp32 once, from the ranks of the other together.
+    reseeded = 0 if returned else 4 * 2 * (6 + 8 + 8)
+    assert [each["sent"].get("reseed", 0) for each in found] == [0, 0, reseeded // 2, reseeded // 2]
 
 
-def test_ranks_that_hold_the_same_start_from_the_same_weights() -> None:
-    found = run_ranks(twins, 4, 1, True, timeout_s=120)
+@pytest.mark.parametrize("start_apart", ["ranks", "replicas"])
+def test_ranks_that_hold_the_same_start_from_the_same_weights(start_apart: str) -> None:
+    found = run_ranks(twins, 4, 1, start_apart, timeout_s=120)
     assert all(torch.equal(each["weight"], found[0]["weight"]) for each in found)
+    # A checksum of 8 bytes from each; the weights once, from the ranks of replica 0 together.
+    start = [each["sent"]["start"] for each in found]
+    assert start == [6 * 8 * 4 // 2 + 8] * 2 + [8] * 2
