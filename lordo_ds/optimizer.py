@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +26,13 @@ from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
-from lordo_ds.core.mesh import replica_layout
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
 from lordo_ds.dist.inner_step import step_fragments_
 from lordo_ds.dist.inside import InsideComm, InsideReplica
+from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.dist.report import SyncReport
 from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.watchdog import Unwatched, watch_ranks
@@ -198,9 +197,7 @@ class LoRDO(torch.optim.Optimizer):
                 )
         wire, twins = ReplicaWire(), InsideComm()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            world = dist.get_world_size()
-            per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            groups = replica_groups(replica_layout(range(world), self.config.replica_size, per_node))
+            groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
             if groups.layout.replica_count > 1:
                 twins = InsideComm(groups.shard)
                 wire = ReplicaWire(groups.replica, twins)

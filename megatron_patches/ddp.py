@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,8 +26,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lordo_ds.config import ConfigError
-from lordo_ds.core.mesh import replica_layout
 from lordo_ds.dist.groups import ReplicaGroups, replica_groups
+from lordo_ds.dist.nodes import layout_of_replicas
 from megatron_patches.versions import MegatronMismatchError, require_parameters, require_supported_version
 
 # Of `parallel_state`: what becomes the replica's group, its ranks, and what no replica has (its getters then refuse).
@@ -211,13 +210,8 @@ def _make(replica_size: int | str) -> Replicas:
         raise ConfigError("LoRDO: context parallelism is not supported: set context_parallel_size to 1")
     ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
     groups = replica_groups(
-        replica_layout(ranks, replica_size, _on_my_node(ranks)),
+        layout_of_replicas(ranks, replica_size),
         dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
     return Replicas(groups, ranks.index(dist.get_rank()), len(ranks))
-
-
-def _on_my_node(ranks: Sequence[int]) -> int:
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    return sum(rank // per_node == dist.get_rank() // per_node for rank in ranks)

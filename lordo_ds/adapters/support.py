@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
@@ -28,8 +26,8 @@ from torch import nn
 from lordo_ds.adapters.pipeline import ReplicaGrid, check_pipeline, is_pipeline
 from lordo_ds.adapters.zero import shard_groups
 from lordo_ds.config import ConfigError, LordoConfig
-from lordo_ds.core.mesh import replica_layout
 from lordo_ds.dist.groups import ReplicaGroups, replica_groups
+from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.optimizer import LoRDO
 
 
@@ -62,9 +60,7 @@ def groups_of_replicas(replica_size: int | str, mpu: Any) -> ReplicaGroups:
     else:
         ranks = dist.get_process_group_ranks(mpu.get_data_parallel_group())
         tensor_ranks = _tensor_ranks(mpu)
-    per_node = _data_parallel_ranks_per_node(ranks) if replica_size == "node" else len(ranks)
-    layout = replica_layout(ranks, replica_size, per_node)
-    return replica_groups(layout, tensor_ranks, bwc_pipeline_parallel_world_size(mpu))
+    return replica_groups(layout_of_replicas(ranks, replica_size), tensor_ranks, bwc_pipeline_parallel_world_size(mpu))
 
 
 def _tensor_ranks(mpu: Any) -> list[int] | None:
@@ -73,52 +69,10 @@ def _tensor_ranks(mpu: Any) -> list[int] | None:
     return dist.get_process_group_ranks(bwc_tensor_model_parallel_group(mpu))
 
 
-def _data_parallel_ranks_per_node(ranks: Sequence[int]) -> int:
-    """How many of these data-parallel ranks share a node; refused unless all ranks find the same number. Collective."""
-    size = _ranks_per_node()
-    nodes = [rank // size for rank in ranks]
-    counts = {nodes.count(node) for node in nodes}
-    mine = counts.pop() if len(counts) == 1 and nodes == sorted(nodes) else 0
-    found = {of_rank for (of_rank,) in _from_all_ranks(mine)}
-    if found != {mine} or mine == 0:
-        raise ConfigError(
-            'LoRDO: optimizer.params.replica_size = "node" needs equally many data-parallel ranks of each pipeline '
-            f"stage on every node, next to each other: give a number that divides {len(ranks)}"
-        )
-    return mine
-
-
-def _ranks_per_node() -> int:
-    """Ranks on every node; refused unless each has equally many, numbered one after the other. Collective."""
-    world, me = dist.get_world_size(), dist.get_rank()
-    stated = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
-    size = int(stated) if stated is not None else (1 if world == 1 else 0)
-    sizes, first_ranks = zip(*_from_all_ranks(size, me - int(os.environ.get("LOCAL_RANK", me))), strict=True)
-    if 0 in sizes:
-        raise ConfigError(
-            'LoRDO: optimizer.params.replica_size = "node" needs LOCAL_WORLD_SIZE, which torchrun and the deepspeed '
-            "launcher set: set it to the number of ranks on each node"
-        )
-    if len(set(sizes)) > 1 or any(first != rank // size * size for rank, first in enumerate(first_ranks)):
-        raise ConfigError(
-            'LoRDO: optimizer.params.replica_size = "node" needs equally many consecutive ranks on every node, found '
-            f"{list(sizes)}: give a number that divides {world}"
-        )
-    return size
-
-
 def _choose_device() -> None:
     """DeepSpeed takes this rank's device a little later; objects exchanged before would all go through the first."""
     if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-
-
-def _from_all_ranks(*values: int) -> list[list[int]]:
-    """The integers of every rank. Collective over all; no device need be chosen yet."""
-    device = get_accelerator().device_name(int(os.environ.get("LOCAL_RANK", dist.get_rank())))
-    rows = [torch.empty(len(values), dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(rows, torch.tensor(values, dtype=torch.int64, device=device))
-    return [[int(value) for value in row] for row in torch.stack(rows).tolist()]
 
 
 def _unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any) -> list[tuple[bool, str, str]]:

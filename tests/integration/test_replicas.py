@@ -566,6 +566,39 @@ def test_replica_size_cuts_the_ranks(
     assert run_ranks(replica_of, 4, replica_size, ranks_per_node) == replicas
 
 
+def node_without_an_engine(stated: dict[str, int]) -> Any:
+    """Which replica the ranks of a plain optimizer and of Megatron's loop belong to, or how they are refused."""
+    from megatron_patches.ddp import replicas
+    from tests.gpts import start_megatron
+
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    os.environ.update({name: str(value) for name, value in stated.items()})
+    start_megatron()
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = lordo_ds.LoRDO([("a.weight", weight)], rank=2, replica_size="node")
+    weight.grad = torch.ones(4, 4)
+    try:
+        optimizer.step()
+    except ConfigError as error:
+        with pytest.raises(ConfigError, match="needs LOCAL_WORLD_SIZE"), replicas("node"):
+            pass
+        return str(error)
+    assert optimizer.sync is not None
+    with replicas("node") as mine:
+        return dist.get_process_group_ranks(mine.groups.shard), optimizer.sync.wire.size, optimizer.sync.wire.twins.size
+
+
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_nodes_are_found_without_an_engine_too(name: str) -> None:
+    assert run_ranks(node_without_an_engine, 4, {name: 2}) == [([0, 1], 2, 2)] * 2 + [([2, 3], 2, 2)] * 2
+
+
+def test_nodes_that_nobody_states_are_refused_without_an_engine_too() -> None:
+    """All ranks would have been taken for one node, which never syncs."""
+    assert all("needs LOCAL_WORLD_SIZE" in found for found in run_ranks(node_without_an_engine, 2, {}))
+
+
 def test_unequal_nodes_are_refused() -> None:
     with pytest.raises(RankFailedError, match="equally many consecutive ranks on every node, found") as caught:
         run_ranks(replica_of, 3, "node", [2, 1])
