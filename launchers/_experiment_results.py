@@ -53,12 +53,20 @@ def read_rows(path: Path) -> list[Row]:
 
 def append_row(path: Path, row: Row) -> None:
     """Add one line; the file and its head come with the first."""
-    text = {key: _text(row.get(key, "")) for key in COLUMNS}
-    with path.open("a", newline="", encoding="utf-8") as stream:
+    _write(path, [row], "a")
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """A file of these rows and no others; what `read_rows` read is written as it was."""
+    _write(path, rows, "w")
+
+
+def _write(path: Path, rows: Iterable[Row], mode: str) -> None:
+    with path.open(mode, newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         if stream.tell() == 0:
             writer.writeheader()
-        writer.writerow(text)
+        writer.writerows({key: _text(row.get(key, "")) for key in COLUMNS} for row in rows)
 
 
 def _number(text: str) -> float | int:

@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "launchers")]
@@ -112,26 +113,36 @@ def prepare_data(grid: object) -> None:
         open_text(vocab)
 
 
+def rows_of_today(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The results, with the claims that the grid file gives their cells now; a cell that has left it keeps its own."""
+    from _experiment_grid import load_grid
+    from _experiment_results import read_rows
+
+    path = args.output / "results.csv"
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path}: no results yet")
+    grid = load_grid(args.grid, args.tier)
+    return [{**row, "claim": grid.claims_of(row["cell"]) or row["claim"]} for row in rows]
+
+
 def report(args: argparse.Namespace) -> int:
     """Tables and plots from the CSV alone."""
     import shutil
 
     from _experiment_grid import load_document
     from _experiment_report import write_report
-    from _experiment_results import read_rows
+    from _experiment_results import write_rows
     from _experiment_tasks import read_tasks
 
-    path = args.output / "results.csv"
-    rows = read_rows(path)
-    if not rows:
-        raise ValueError(f"{path}: no results yet")
+    rows = rows_of_today(args)
     history = args.output / "command.txt"
     commands = list(dict.fromkeys(history.read_text().splitlines())) if history.exists() else []
     prefix = args.docs or args.output / "report"
     answered = args.output / "tasks.csv"
     page = write_report(rows, read_tasks(answered), load_document(args.grid, args.tier), prefix, commands)
     if args.docs:
-        shutil.copyfile(path, prefix.with_name(prefix.name + ".csv"))
+        write_rows(prefix.with_name(prefix.name + ".csv"), rows)
         if answered.exists():
             shutil.copyfile(answered, prefix.with_name(prefix.name + "_tasks.csv"))
     say(f"{len(rows)} runs -> {page}")
@@ -140,14 +151,12 @@ def report(args: argparse.Namespace) -> int:
 
 def tasks(args: argparse.Namespace) -> int:
     """Held-out tasks for the runs at the chosen learning rates; 1 where one did not repeat itself."""
-    from _experiment_results import read_rows
     from _experiment_summary import lines_of
     from _experiment_tasks import run_tasks
 
-    path = args.output / "results.csv"
-    chosen = [row for line in lines_of(read_rows(path), args.tasks) for row in line.rows.values()]
+    chosen = [row for line in lines_of(rows_of_today(args), args.tasks) for row in line.rows.values()]
     if not chosen:
-        raise ValueError(f"{path}: no results of a claim {args.tasks!r}")
+        raise ValueError(f"{args.output / 'results.csv'}: no results of a claim {args.tasks!r}")
     odd = run_tasks(chosen, args.output / "tasks.csv", args.jobs, args.device, say)
     report(args)
     return 1 if odd else 0

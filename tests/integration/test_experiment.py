@@ -106,7 +106,9 @@ def test_a_row_whose_numbers_were_changed_is_found_out(finished: Path, tmp_path:
 
 def test_the_report_comes_from_the_csv_alone_and_keeps_the_text_above_it(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.csv").write_bytes((finished / "out" / "results.csv").read_bytes())
+    # As if the claim `quality` had come later, and needed runs that were there: it has them all the same.
+    rows = (finished / "out" / "results.csv").read_text().replace(",quality+ranks,", ",ranks,")
+    (tmp_path / "out" / "results.csv").write_text(rows)
     for _ in range(2):
         done = experiment(tmp_path, "--report", "--docs", str(tmp_path / "page"))
         assert done.returncode == 0, done.stdout + done.stderr
