@@ -12,10 +12,10 @@ import json
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol, TypeAlias
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TEXT_DOCUMENT_CHARS = 16_384
@@ -29,6 +29,8 @@ _NOT_EMBEDDED = frozenset(
     )
 )
 _READ_BYTES = 1 << 20
+
+Digest: TypeAlias = Callable[[Path], bytes]
 
 
 class DataError(ValueError):
@@ -44,8 +46,8 @@ class Corpus(Protocol):
     def documents(self) -> Iterator[str]:
         """Yield the documents, in the same order every time."""
 
-    def fingerprint(self) -> str:
-        """Hex digest of everything that decides the documents."""
+    def fingerprint(self, digest: Digest | None = None) -> str:
+        """Hex digest of everything that decides the documents; `digest` of a file, in place of reading it whole."""
 
 
 class EmbeddedCorpus:
@@ -65,11 +67,11 @@ class EmbeddedCorpus:
             if text.strip():
                 yield text
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"embedded {sys.version}".encode())
+    def fingerprint(self, digest: Digest | None = None) -> str:
+        everything = hashlib.sha256(f"embedded {sys.version}".encode())
         for text in self.documents():
-            digest.update(hashlib.sha256(text.encode()).digest())
-        return digest.hexdigest()
+            everything.update(hashlib.sha256(text.encode()).digest())
+        return everything.hexdigest()
 
     @staticmethod
     def _sources() -> list[Path]:
@@ -115,13 +117,12 @@ class FileCorpus:
             if not count:
                 raise DataError(f"{path}: holds only white space; take it away from --data or fill it")
 
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(b"files")
+    def fingerprint(self, digest: Digest | None = None) -> str:
+        everything = hashlib.sha256(b"files")
         for path in self.paths:
-            digest.update(b"jsonl" if _is_jsonl(path) else b"text")
-            with path.open("rb") as stream:
-                digest.update(_digest_of(stream))
-        return digest.hexdigest()
+            everything.update(b"jsonl" if _is_jsonl(path) else b"text")
+            everything.update((digest or content_digest)(path))
+        return everything.hexdigest()
 
 
 def open_corpus(paths: Sequence[str | Path]) -> Corpus:
@@ -133,10 +134,12 @@ def _is_jsonl(path: Path) -> bool:
     return path.suffix.lower() in JSONL_SUFFIXES
 
 
-def _digest_of(stream: BinaryIO) -> bytes:
+def content_digest(path: Path) -> bytes:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
-    while block := stream.read(_READ_BYTES):
-        digest.update(block)
+    with path.open("rb") as stream:
+        while block := stream.read(_READ_BYTES):
+            digest.update(block)
     return digest.digest()
 
 

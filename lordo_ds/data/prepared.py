@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import sentencepiece
 
-from lordo_ds.data.cache import build_once, default_cache
+from lordo_ds.data.cache import build_once, default_cache, remembered_digest
 from lordo_ds.data.corpus import Corpus, DataError, open_corpus
 from lordo_ds.data.indexed import read_lengths, token_dtype, write_indexed
 from lordo_ds.data.tokenizer import Tokenizer, train_tokenizer
@@ -84,7 +84,8 @@ def prepare(
         DataError: a file, or a setting, that cannot be used.
     """
     corpus = open_corpus(paths)
-    key = _key(corpus, vocab_size)
+    cache = cache or default_cache()
+    key = _key(corpus, vocab_size, cache, say)
 
     def build(folder: Path) -> None:
         say(f"tokenizing {corpus.name} (once; kept in {folder.parent})")
@@ -94,7 +95,7 @@ def prepare(
             f"tokenized {info['documents']} documents, {info['tokens']} tokens in {time.perf_counter() - started:.1f} s"
         )
 
-    folder = build_once((cache or default_cache()) / f"data-{key}", build, say)
+    folder = build_once(cache / f"data-{key}", build, say)
     return _open(folder, key)
 
 
@@ -134,8 +135,9 @@ def unigram_entropy(tokens: npt.NDArray[np.integer]) -> float:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _key(corpus: Corpus, vocab_size: int) -> str:
-    settings = [_FORMAT, sentencepiece.__version__, vocab_size, corpus.fingerprint()]
+def _key(corpus: Corpus, vocab_size: int, cache: Path, say: Callable[[str], None]) -> str:
+    fingerprint = corpus.fingerprint(lambda path: remembered_digest(path, cache, say))
+    settings = [_FORMAT, sentencepiece.__version__, vocab_size, fingerprint]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
 
 

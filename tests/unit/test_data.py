@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import multiprocessing
@@ -14,7 +15,8 @@ import numpy as np
 import pytest
 
 from lordo_ds.data import DataError, prepare, unigram_entropy
-from lordo_ds.data.cache import build_once, default_cache
+from lordo_ds.data import cache as cache_module
+from lordo_ds.data.cache import build_once, default_cache, remembered_digest
 from lordo_ds.data.corpus import TEXT_DOCUMENT_CHARS, EmbeddedCorpus, FileCorpus
 from lordo_ds.data.indexed import read_lengths, token_dtype, write_indexed
 from lordo_ds.data.tokenizer import EOD, PAD, UNK, Tokenizer, train_tokenizer
@@ -263,3 +265,40 @@ def test_a_failed_build_is_tried_again(tmp_path: Path) -> None:
         build_once(tmp_path / "data", fail, quiet)
     assert [path.name for path in tmp_path.iterdir()] == ["data.lock"]
     build_slowly(tmp_path / "data", tmp_path / "log")
+
+
+def test_a_build_under_way_on_another_machine_is_left_alone(tmp_path: Path) -> None:
+    """Where locks end at the machine; whoever is later takes what is there."""
+    other = tmp_path / "data.tmp-another-host-17"
+    other.mkdir()
+
+    def build(folder: Path) -> None:
+        (folder / "whole").write_text("mine")
+        other.rename(tmp_path / "data")
+        (tmp_path / "data" / "whole").write_text("the other's")
+
+    assert (build_once(tmp_path / "data", build, quiet) / "whole").read_text() == "the other's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "data.lock"]
+
+
+def test_a_file_system_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", no_locks)
+    with pytest.raises(DataError, match=r"no file locks .* set LORDO_CACHE"):
+        build_once(tmp_path / "data", lambda folder: None, quiet)
+
+
+def test_a_large_file_is_read_whole_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cache_module, "REMEMBERED_BYTES", 4)
+    read: list[Path] = []
+    whole = cache_module.content_digest
+    monkeypatch.setattr(cache_module, "content_digest", lambda path: (read.append(path), whole(path))[1])
+    text = tmp_path / "text"
+    text.write_text("some text")
+    first = remembered_digest(text, tmp_path, quiet)
+    assert first == remembered_digest(text, tmp_path, quiet) == whole(text) and len(read) == 1
+    text.write_text("more text")  # of the same length
+    os.utime(text, ns=(1, 1))
+    assert remembered_digest(text, tmp_path, quiet) == whole(text) != first and len(read) == 2
