@@ -5,8 +5,12 @@
 #        LORDO_VENV  another place for the environment (default: ROOT/.venv)
 #        LORDO_EXTRAS  pip extras to install (default: megatron,train; launchers/test.sh adds test)
 #
-# The environment is rebuilt when pyproject.toml or constraints.txt change, or a GPU appears; otherwise a call
-# takes no time. Scripts started together wait for the one that builds.
+#        CUDA_VISIBLE_DEVICES  GPUs that are not in it do not count
+#        DS_ACCELERATOR=cpu    no GPU counts
+#
+# The environment is brought up to date when pyproject.toml or constraints.txt change; otherwise a call takes no time.
+# One that was made without a GPU is made anew on a machine with GPUs; one that was made with them serves on others as it
+# is. Scripts started together wait for the one that builds.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${LORDO_VENV:-$ROOT/.venv}
@@ -16,8 +20,12 @@ die() { echo "$(basename "$0"): error: $*" >&2; exit 1; }
 say() { echo "[env] $*"; }
 
 GPU_COUNT=0
-if command -v nvidia-smi >/dev/null; then
+if [ "${DS_ACCELERATOR:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
   GPU_COUNT=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    visible=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '[^ ]' || true)
+    GPU_COUNT=$((visible < GPU_COUNT ? visible : GPU_COUNT))
+  fi
 fi
 if [ "$GPU_COUNT" -eq 0 ]; then export DS_ACCELERATOR=cpu; fi
 
@@ -52,11 +60,19 @@ _choose_python() {
   die "no Python 3.10 to 3.13 with venv on PATH (Debian and Ubuntu: apt install python3-venv), or set PYTHON=/path/to/python"
 }
 
+# Whether the environment's torch was built for GPUs.
+_has_gpu_torch() {
+  "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' >/dev/null 2>&1
+}
+
 # What pip is told about torch, as arguments in TORCH_ARGS.
 _choose_torch() {
   local site cuda
   TORCH_ARGS=()
-  if [ "$GPU_COUNT" -eq 0 ]; then
+  if [ "$GPU_COUNT" -eq 0 ] && _has_gpu_torch; then
+    say "no NVIDIA GPU here; keeping the torch for GPUs in $VENV"
+    return
+  elif [ "$GPU_COUNT" -eq 0 ]; then
     say "no NVIDIA GPU: $(grep '^torch' "$ROOT/constraints.txt") for the CPU, from constraints.txt"
     TORCH_ARGS=(-c "$ROOT/constraints.txt")
     return
@@ -78,25 +94,36 @@ _choose_torch() {
   fi
 }
 
-# What the installed environment depends on; equal stamps mean that nothing is to be done.
+# What the installed environment depends on, for EXTRAS and with (1) or without (0) a torch for GPUs; equal stamps mean
+# that nothing is to be done.
 _stamp() {
   (
     cd "$ROOT" || exit 1
     cat pyproject.toml constraints.txt
-    echo "$ROOT $1 gpu=$((GPU_COUNT > 0))"
+    echo "$ROOT $1 gpu=$2"
     ls -d lordo_ds megatron_patches 2>/dev/null  # an editable install maps the packages it finds
   ) | sha256sum | cut -d ' ' -f 1
 }
 
-# An environment with the test packages serves those who do not need them, too.
+# An environment with the test packages, or a torch for GPUs, serves those who do not need them, too.
 _is_ready() {
-  [ -x "$VENV/bin/python" ] && [ -f "$VENV/lordo.stamp" ] &&
-    grep -qxF -e "$(_stamp "$EXTRAS")" -e "$(_stamp "$EXTRAS,test")" "$VENV/lordo.stamp"
+  local extras gpu
+  [ -x "$VENV/bin/python" ] && [ -f "$VENV/lordo.stamp" ] || return 1
+  for extras in "$EXTRAS" "$EXTRAS,test"; do
+    for ((gpu = GPU_COUNT > 0; gpu <= 1; gpu++)); do
+      if [ "$(_stamp "$extras" "$gpu")" = "$(cat "$VENV/lordo.stamp")" ]; then return; fi
+    done
+  done
+  return 1
 }
 
 _build() {
-  local start=$SECONDS log="$VENV/install.log"
+  local start=$SECONDS log="$VENV/install.log" gpu=0
   _choose_python
+  if [ "$GPU_COUNT" -gt 0 ] && "$VENV/bin/python" -c 'import torch' >/dev/null 2>&1 && ! _has_gpu_torch; then
+    say "$VENV was made for the CPU; with $GPU_COUNT NVIDIA GPU(s) it is made anew"
+    rm -rf "$VENV"
+  fi
   if ! "$VENV/bin/python" -c 'import pip' >/dev/null 2>&1; then
     say "creating $VENV with $("$PYTHON" --version) ($(command -v "$PYTHON"))"
     "$PYTHON" -m venv --clear "$VENV" || die "could not create $VENV"
@@ -106,7 +133,12 @@ _build() {
   say "installing lordo_ds[$EXTRAS] (the first time takes about two minutes); log: $log"
   "$VENV/bin/python" -m pip install --disable-pip-version-check "${TORCH_ARGS[@]}" -e "$ROOT[$EXTRAS]" \
     >"$log" 2>&1 || { tail -n 15 "$log" >&2; die "pip could not install the environment; the whole log is $log"; }
-  _stamp "$EXTRAS" >"$VENV/lordo.stamp"
+  if [ "$GPU_COUNT" -gt 0 ] && [ -z "$(_site_of_gpu_torch "$VENV/bin/python")" ]; then
+    die "nvidia-smi lists $GPU_COUNT GPU(s), but the torch in $VENV cannot use them: set PYTHON to an interpreter whose" \
+      "torch can and delete $VENV, or train on the CPU with DS_ACCELERATOR=cpu"
+  fi
+  if _has_gpu_torch; then gpu=1; fi
+  _stamp "$EXTRAS" "$gpu" >"$VENV/lordo.stamp"
   say "ready after $((SECONDS - start)) s"
 }
 

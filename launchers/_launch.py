@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -55,17 +56,36 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 
 def choose_device() -> None:
-    """Settle what torch and DeepSpeed read from the environment when they are imported."""
+    """Settle what torch and DeepSpeed read from the environment when they are imported.
+
+    Raises:
+        ValueError: GPUs are there, nothing hides them, and torch cannot use them.
+    """
     warnings.filterwarnings("ignore", module="megatron")
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     if not torch.cuda.is_available():
+        hidden = "CUDA_VISIBLE_DEVICES" in os.environ or "DS_ACCELERATOR" in os.environ
+        if not hidden and any(Path("/dev").glob("nvidia[0-9]*")):
+            raise ValueError(
+                f"this machine has NVIDIA GPUs that torch {torch.__version__} cannot use: install a torch for its "
+                "driver, or set DS_ACCELERATOR=cpu to train on the CPU"
+            )
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     if "RANK" not in os.environ:  # no launcher
         os.environ.update({key: str(value) for key, value in alone.items()})
+
+
+def device_in_words() -> str:
+    """What this rank trains on, once DeepSpeed has chosen."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    name = get_accelerator().device_name()
+    return torch.cuda.get_device_name() if name == "cuda" else f"the {name.upper()}"
 
 
 def start_distributed(tensor_parallel: int, pipeline_parallel: int, seed: int) -> None:
@@ -95,7 +115,7 @@ def start_distributed(tensor_parallel: int, pipeline_parallel: int, seed: int) -
     from megatron_patches import cpu
 
     cpu.install()
-    parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
+    parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel, create_gloo_process_groups=False)
     seed_everything(seed)
 
 

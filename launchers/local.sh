@@ -16,8 +16,13 @@ shift 2
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 [ -f "$config" ] || die "no DeepSpeed settings at $config; configs/ds/ has some"
 
+devices=(--num_accelerators "$processes")
 if [ "$GPU_COUNT" -ge "$processes" ]; then
-  echo "[launch] $processes processes, one GPU each"
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then  # which the launcher ignores where it is told a number
+    CUDA_VISIBLE_DEVICES=$(cut -d , -f "1-$processes" <<<"$CUDA_VISIBLE_DEVICES")
+    devices=()
+  fi
+  echo "[launch] $processes processes, one GPU each${CUDA_VISIBLE_DEVICES:+ of $CUDA_VISIBLE_DEVICES}"
 else
   export DS_ACCELERATOR=cpu
   threads=$(($(nproc) / processes))
@@ -26,6 +31,6 @@ else
 fi
 port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 # DeepSpeed's launcher, called as a module: its script is missing where DeepSpeed came with an installed torch.
-exec python -m deepspeed.launcher.runner --num_accelerators "$processes" \
+exec python -m deepspeed.launcher.runner "${devices[@]}" \
   --master_addr 127.0.0.1 --master_port "$port" --log_level warning \
   "$ROOT/launchers/pretrain_gpt.py" --deepspeed_config "$config" "$@"

@@ -1,0 +1,96 @@
+"""launchers/_env.sh: which environment is made, kept or made anew; Python, pip and the driver are played by scripts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Answers what _env.sh asks of an interpreter. Its torch is the word in the file `torch` beside the environment's bin:
+# pip leaves one that is there, takes the CPU's where it is given constraints, and a GPU's otherwise.
+PYTHON = """#!/bin/bash
+torch="$(dirname "$0")/../torch"
+case "$*" in
+  *"-m venv"*) folder="${*: -1}"; rm -rf "$folder"; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python" ;;
+  *"pip install"*) echo "$*" >>"$CALLS"
+    if [ ! -f "$torch" ]; then case "$*" in *" -c "*) echo cpu ;; *) echo "$NEW_TORCH" ;; esac >"$torch"; fi ;;
+  *version.cuda*) grep -q gpu "$torch" ;;
+  *cuda.is_available*) if [ "$(cat "$torch" 2>/dev/null)" = gpu ]; then echo /site; fi ;;
+  *"import torch"*) [ -f "$torch" ] ;;
+esac
+"""
+DRIVER = """#!/bin/bash
+if [ "$1" = -L ]; then for i in $(seq "$GPUS"); do echo "GPU $i: fake"; done; else echo "CUDA Version: 13.0"; fi
+"""
+
+
+class Machine:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("launchers", "lordo_ds", "megatron_patches"):
+            (folder / name).mkdir()
+        for name in ("launchers/_env.sh", "pyproject.toml", "constraints.txt"):
+            shutil.copy(ROOT / name, folder / name)
+        (folder / "fake").mkdir()
+        for name, text in (("python3.11", PYTHON), ("nvidia-smi", DRIVER)):
+            (folder / "fake" / name).write_text(text)
+            (folder / "fake" / name).chmod(0o755)
+
+    def source(self, gpus: int, new_torch: str = "gpu", **environment: str) -> subprocess.CompletedProcess[str]:
+        given = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "PYTHON")}
+        given |= {"PATH": f"{self.folder / 'fake'}:{given['PATH']}", "CALLS": str(self.folder / "calls")}
+        given |= {"GPUS": str(gpus), "NEW_TORCH": new_torch, "PYTHON": str(self.folder / "fake" / "python3.11")}
+        given.pop("DS_ACCELERATOR", None)
+        command = 'set -euo pipefail; source launchers/_env.sh; echo "$GPU_COUNT GPUs, ${DS_ACCELERATOR:-cuda}"'
+        return subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=given | environment, capture_output=True, text=True
+        )
+
+    @property
+    def installs(self) -> int:
+        calls = self.folder / "calls"
+        return len(calls.read_text().splitlines()) if calls.exists() else 0
+
+    @property
+    def torch(self) -> str:
+        return (self.folder / ".venv" / "torch").read_text().strip()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_an_environment_for_the_cpu_is_made_anew_where_there_are_gpus(machine: Machine) -> None:
+    done = machine.source(gpus=0)
+    assert done.returncode == 0 and "0 GPUs, cpu" in done.stdout and machine.torch == "cpu", done.stdout + done.stderr
+    machine.source(gpus=0)
+    assert machine.installs == 1
+    done = machine.source(gpus=2)
+    assert done.returncode == 0 and "made for the CPU" in done.stdout, done.stdout + done.stderr
+    assert "2 GPUs, cuda" in done.stdout and machine.torch == "gpu" and machine.installs == 2
+
+
+def test_an_environment_for_gpus_serves_machines_without(machine: Machine) -> None:
+    machine.source(gpus=2)
+    assert "0 GPUs, cpu" in machine.source(gpus=0).stdout and machine.installs == 1
+    done = machine.source(gpus=0, LORDO_EXTRAS="megatron,train,test")  # more packages, but the same torch
+    assert done.returncode == 0 and machine.installs == 2 and machine.torch == "gpu", done.stdout + done.stderr
+    assert machine.source(gpus=2).returncode == 0 and machine.installs == 2
+
+
+def test_a_torch_that_cannot_use_the_gpus_is_refused(machine: Machine) -> None:
+    done = machine.source(gpus=2, new_torch="gpu of another driver")
+    assert done.returncode == 1 and "cannot use them" in done.stderr and "DS_ACCELERATOR=cpu" in done.stderr
+    assert machine.source(gpus=2, new_torch="gpu of another driver", DS_ACCELERATOR="cpu").returncode == 0
+
+
+def test_hidden_gpus_do_not_count(machine: Machine) -> None:
+    for visible, count in (("4,5", "2 GPUs, cuda"), ("", "0 GPUs, cpu"), ("0,1,2,3,4,5,6,7", "4 GPUs, cuda")):
+        assert count in machine.source(gpus=4, CUDA_VISIBLE_DEVICES=visible).stdout
+    assert "0 GPUs, cpu" in machine.source(gpus=4, DS_ACCELERATOR="cpu").stdout
