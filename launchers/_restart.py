@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,26 @@ def _load(args: argparse.Namespace, engine: Any, hook: Any, folder: Path) -> dic
     check_saved_sizes(folder, args.tensor_parallel, args.pipeline_parallel)
     _, client = engine.load_checkpoint(str(folder))
     return dict(client)
+
+
+def saves_up_to(folder: Path, step: int) -> list[int]:
+    """The steps of the saves that a run which goes on from `step` has made."""
+    found = (re.fullmatch(r"global_step(\d+)", path.name) for path in folder.glob("global_step*"))
+    return sorted(number for match in found if match and (number := int(match[1])) <= step)
+
+
+def drop_saves(folder: Path, steps: list[int]) -> None:
+    """Delete them, on rank 0; what a killed process leaves of one no longer bears a save's name."""
+    from lordo_ds.checkpoint.files import PART
+
+    if dist_rank() == 0:
+        for step in steps:
+            whole = folder / f"global_step{step}"
+            going = whole.with_name(whole.name + PART)
+            if whole.is_dir():
+                shutil.rmtree(going, ignore_errors=True)
+                whole.rename(going)
+                shutil.rmtree(going, ignore_errors=True)
 
 
 def write_rows_that_nobody_averages(log: RunLog, hook: Any) -> None:

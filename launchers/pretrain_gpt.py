@@ -26,6 +26,7 @@ from _launch import (
     ArgumentParser,
     check_equal_on_all_ranks,
     choose_device,
+    device_in_words,
     dist_rank,
     one_line_errors,
     say,
@@ -33,7 +34,7 @@ from _launch import (
     start_distributed,
 )
 from _parallel import check_parallel_sizes, elements_here, elements_in_all
-from _restart import RESUME_CHOICES, load_checkpoint, write_rows_that_nobody_averages
+from _restart import RESUME_CHOICES, drop_saves, load_checkpoint, saves_up_to, write_rows_that_nobody_averages
 from _run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
 from _text import (
     BatchShape,
@@ -67,6 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--eval-interval", type=int, default=100, metavar="N", help="steps; 0: at the end only")
     add("--eval-samples", type=int, default=128, metavar="N", help="sequences in an evaluation")
     add("--save-interval", type=int, default=0, metavar="N", help="steps; 0: at the end only")
+    add("--keep-saves", type=int, default=0, metavar="N", help="delete older ones than the last N; 0: keep all")
     add(
         "--resume",
         nargs="?",
@@ -78,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--pipeline-parallel", type=int, default=1, metavar="N", help="stages that the layers are divided over")
     add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     args = parser.parse_args()
-    least = {"train_steps": 1, "eval_samples": 1, "eval_interval": 0, "save_interval": 0}
+    least = {"train_steps": 1, "eval_samples": 1, "eval_interval": 0, "save_interval": 0, "keep_saves": 0}
     for name, minimum in least.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -133,6 +135,8 @@ class Job:
     step: int
     consumed: int
     """Samples read by all ranks together since the first step."""
+    saves: list[int]
+    """Steps of this run's saves that are kept."""
     bytes_counted: int
     """How much of the hook's bytes_sent is in rows already; the first row takes what start-up sent."""
     started: float
@@ -170,7 +174,7 @@ def set_up(args: argparse.Namespace) -> Job:
     say(
         f"{elements_in_all(engine.module):,} parameters, {data.tokens:,} tokens; {hook.replicas} replica(s) of "
         f"{shape.data_parallel_size // hook.replicas * model_parallel} rank(s); {args.train_steps} steps of "
-        f"{shape.global_batch} x {model_config.seq_length} tokens"
+        f"{shape.global_batch} x {model_config.seq_length} tokens, on {device_in_words()}"
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     client = load_checkpoint(args, engine, hook)
@@ -196,6 +200,7 @@ def set_up(args: argparse.Namespace) -> Job:
         ),
         step=client["step"],
         consumed=client["consumed_samples"],
+        saves=saves_up_to(args.output_dir / "checkpoints", client["step"]),
         bytes_counted=hook.bytes_sent if client["step"] else 0,
         started=started,
     )
@@ -214,6 +219,10 @@ def save_checkpoint(job: Job) -> None:
     }
     folder = job.args.output_dir / "checkpoints"
     job.trainer.engine.save_checkpoint(str(folder), f"global_step{job.step}", client_state=client)
+    job.saves.append(job.step)
+    if job.args.keep_saves:
+        drop_saves(folder, job.saves[: -job.args.keep_saves])
+        del job.saves[: -job.args.keep_saves]
 
 
 def train_step(job: Job) -> Row:

@@ -81,6 +81,22 @@ def test_resume_auto_starts_anew_goes_on_or_has_nothing_to_do(
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 25))
 
 
+def saves(run: Path) -> set[str]:
+    return {path.name for path in (run / "checkpoints").iterdir() if path.is_dir()}
+
+
+def test_older_saves_than_asked_for_are_deleted_but_not_those_of_another_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = ("--keep-saves", "2")
+    run_here(tmp_path, "run", "--train-steps", "12", *keep, capsys=capsys)
+    assert saves(tmp_path / "run") == {"global_step10", "global_step12"}
+    run_here(tmp_path, "run", "--train-steps", "24", *keep, "--resume", capsys=capsys)
+    assert saves(tmp_path / "run") == {"global_step20", "global_step24"}
+    run_here(tmp_path, "run", "--train-steps", "34", "--keep-saves", "1", capsys=capsys)  # anew
+    assert saves(tmp_path / "run") == {"global_step24", "global_step34"}
+
+
 def test_a_new_run_in_an_old_directory_does_not_come_back_as_the_old_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
