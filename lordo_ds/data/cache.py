@@ -42,8 +42,8 @@ def locked(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
                 fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
             raise DataError(
-                f"{path}: this file system has no file locks ({error.strerror}); set LORDO_CACHE to a folder on another "
-                "one, each node's own, say"
+                f"{path}: this file system has no file locks ({error.strerror}); set LORDO_CACHE to a folder on "
+                "another one, each node's own, say"
             ) from None
         yield
 
