@@ -78,9 +78,14 @@ class RunHandle:
 
     def finish(self) -> None:
         """Sync unless the last step ended in one, so that all replicas hold the same weights. Collective."""
+        before = self.optimizer.executed_steps
         if self.optimizer.final_sync():
-            self._after_final_sync()
+            self._after_final_sync(self.optimizer.executed_steps - before)
 
-    def _after_final_sync(self) -> None:
-        """The final sync changed the weights: low-precision copies are stale."""
+    def _after_final_sync(self, steps_taken_over: int) -> None:
+        """The final sync changed the weights: low-precision copies are stale.
+
+        Args:
+            steps_taken_over: how many more steps another replica had executed.
+        """
         raise NotImplementedError

@@ -109,6 +109,7 @@ class LoRDO(torch.optim.Optimizer):
         wire: ReplicaWire,
         inside: InsideReplica | None = None,
         tied: Sequence[TiedWeight] = (),
+        resuming: bool = False,
     ) -> None:
         """Plan every parameter and allocate its state. Collective: the replicas' weights are made equal.
 
@@ -118,6 +119,7 @@ class LoRDO(torch.optim.Optimizer):
             wire: the replica group.
             inside: the groups inside this replica; default: this rank is the replica.
             tied: weights of which other pipeline stages hold copies.
+            resuming: a saved state comes next; every replica keeps the weights that it has loaded.
 
         Raises:
             ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
@@ -158,7 +160,7 @@ class LoRDO(torch.optim.Optimizer):
         self._check_alike(fragments, inside)
         self.model_size = _model_size(fragments, inside)
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
-        if not self.sync.start():
+        if not self.sync.start(resuming):
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
         ledgers = [comm.ledger for comm in (wire, inside.shard, inside.tensor, inside.everyone, inside.rows)]
         self.watchdog = watch_ranks(
@@ -185,7 +187,7 @@ class LoRDO(torch.optim.Optimizer):
         if not tensor.is_contiguous():
             raise ConfigError(f"LoRDO: {plan.name} is not contiguous: make the parameter contiguous first")
 
-    def _attach_alone(self) -> None:
+    def _attach_alone(self, resuming: bool = False) -> None:
         """Without an engine: names from the groups where given, replicas from torch.distributed."""
         flats: list[FlatTensor] = []
         for group in self.param_groups:
@@ -202,7 +204,14 @@ class LoRDO(torch.optim.Optimizer):
                 twins = InsideComm(groups.shard)
                 wire = ReplicaWire(groups.replica, twins)
         device = flats[0].tensor.device if flats else torch.device("cpu")
-        self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device))
+        self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device), resuming=resuming)
+
+    def _detach(self) -> None:
+        """As before the first step."""
+        self.watchdog.stop()
+        self.watchdog, self.sync, self.plans = Unwatched(), None, []
+        self._fragments.clear()
+        self.state.clear()
 
     # -- the inner step ------------------------------------------------------------------------------
 
@@ -433,6 +442,8 @@ class LoRDO(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state saved by `state_dict`; every tensor keeps its own dtype.
 
+        Without an engine, each replica loads its own state and its own weights: between syncs they differ.
+
         Raises:
             CheckpointError: not a LoRDO state, another format, or one that does not fit this run; nothing is
                 changed then.
@@ -453,10 +464,20 @@ class LoRDO(torch.optim.Optimizer):
             CheckpointError: it cannot; the message says what differs.
         """
         ours = Header.of(state_dict, "this optimizer state")
-        if self.sync is None:
-            if self.managed:
-                raise ValueError("LoRDO: load the state after deepspeed.initialize, through the engine")
-            self._attach_alone()
+        if self.sync is not None:
+            self._check_fits(ours, state_dict)
+            return ours
+        if self.managed:
+            raise ValueError("LoRDO: load the state after deepspeed.initialize, through the engine")
+        self._attach_alone(resuming=bool(ours.fragments))
+        try:
+            self._check_fits(ours, state_dict)
+        except CheckpointError:
+            self._detach()
+            raise
+        return ours
+
+    def _check_fits(self, ours: Header, state_dict: dict[str, Any]) -> None:
         names, saved_names = [plan.name for plan in self.plans], [fragment.name for fragment in ours.fragments]
         if saved_names and saved_names != names:
             odd = next((pair for pair in zip(saved_names, names, strict=False) if pair[0] != pair[1]), ("", ""))
@@ -473,7 +494,6 @@ class LoRDO(torch.optim.Optimizer):
         if saved_names:
             for fragment, saved in self._with_saved(state_dict):
                 _check_saved(fragment, saved)
-        return ours
 
     def _with_saved(self, state_dict: dict[str, Any]) -> list[tuple[Fragment, dict[str, Any]]]:
         """Every fragment and what was saved of it."""

@@ -21,11 +21,11 @@ class TrainingHandle(RunHandle):
     """The handle of a run in Megatron's own loop; every data-parallel rank of a replica holds whole parameters."""
 
     def __init__(
-        self, optimizer: LoRDO, replicas: Replicas, gradient_bytes: int, refresh_model: Callable[[], None]
+        self, optimizer: LoRDO, replicas: Replicas, gradient_bytes: int, take_over: Callable[[int], None]
     ) -> None:
         super().__init__(optimizer, replicas.groups)
         self.ddp_bytes_per_step = data_parallel_bytes(gradient_bytes, self.replicas, self.groups.layout.replica_size)
-        self._refresh_model = refresh_model
+        self._take_over = take_over
         if dist.get_rank() == 0:
             for line in describe_start(self):
                 logger.info(line)
@@ -34,5 +34,5 @@ class TrainingHandle(RunHandle):
         """As `lordo_ds.status` of a DeepSpeed engine: mesh, next sync, state and bytes by kind, the last sync."""
         return status_of(self)
 
-    def _after_final_sync(self) -> None:
-        self._refresh_model()
+    def _after_final_sync(self, steps_taken_over: int) -> None:
+        self._take_over(steps_taken_over)

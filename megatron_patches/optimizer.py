@@ -77,7 +77,7 @@ def lordo_optimizer(
     tensors = [tensor for group in lordo.param_groups for tensor in group["params"]]
     _attach(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
     wrapper.refresh_model()
-    wrapper.handle = TrainingHandle(lordo, replicas, _gradient_bytes(chunk), wrapper.refresh_model)
+    wrapper.handle = TrainingHandle(lordo, replicas, _gradient_bytes(chunk), wrapper.take_over)
     wrapper.samples = SampleCheck(chunk, first_stage=parallel_state.is_pipeline_first_stage())
     wrapper.check_loop = _keep_tokens_inside(get_model_config(chunk), replicas)
     return wrapper

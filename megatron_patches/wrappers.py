@@ -23,7 +23,8 @@ class EndsInASync:
 
     handle: TrainingHandle
     steps_taken_over: int = 0
-    """Executed steps that the last `step()` took over from another replica, which the schedule has to make up for."""
+    """Executed steps that the last `step()`, or `handle.finish()`, took over from another replica, which the schedule
+    has to make up for."""
     samples: SampleCheck
     check_loop: Callable[[], None]
     """Refuses a training loop whose gradients would not be the replica's own."""
@@ -43,9 +44,8 @@ class EndsInASync:
             self._in_step = False
         lordo: LoRDO = self.optimizer  # type: ignore[attr-defined]
         before = lordo.executed_steps + bool(result[0])
-        if lordo.end_attempt():
-            self.refresh_model()
-        self.steps_taken_over = max(0, lordo.executed_steps - before)
+        changed = lordo.end_attempt()
+        self.take_over(lordo.executed_steps - before, changed)
         assert lordo.sync is not None
         if lordo.synced and lordo.sync.syncs == 1:
             self.samples.compare(lordo.sync.wire)
@@ -59,6 +59,12 @@ class EndsInASync:
                 "around it: the replicas sync at the end of that call"
             )
         return bool(super().step_with_ready_grads())  # type: ignore[misc]
+
+    def take_over(self, steps: int, changed: bool = True) -> None:
+        """A sync, where `changed`, gave this replica weights and the count of one that had executed `steps` more."""
+        self.steps_taken_over = steps
+        if changed:
+            self.refresh_model()
 
     def refresh_model(self) -> None:
         """Copy the fp32 weights to the low-precision ones that the model computes with."""

@@ -131,9 +131,9 @@ class EngineHook(RunHandle):
     def zero_stage(self) -> int:
         return int(self.engine.zero_optimization_stage())
 
-    def _after_final_sync(self) -> None:
+    def _after_final_sync(self, steps_taken_over: int) -> None:
         self._after_sync()
-        refresh_low_precision(self.engine)
+        self.take_over(steps_taken_over)
 
     # -- the engine's methods ------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class EngineHook(RunHandle):
             self._after_sync()
 
     def take_over(self, steps: int) -> None:
-        """The optimizer was given the state of a replica that had executed `steps` more."""
+        """The optimizer was given weights, and the state of a replica that had executed `steps` more."""
         refresh_low_precision(self.engine)
         self._move_schedule(steps)
 

@@ -107,7 +107,8 @@ class ReshapedRun(SavedRun):
         return self.run.untrained(self._sources(replica)[0])
 
     def engine_state(self, replica: int) -> EngineState:
-        return self.run.engine_state(self._sources(replica)[0])
+        """That of the source that executed most steps, like the count: its schedule is the furthest."""
+        return self.run.engine_state(max(self._sources(replica), key=lambda m: self.run.counters(m).executed_steps))
 
 
 def mean_state(states: list[State], betas: tuple[float, float]) -> State:

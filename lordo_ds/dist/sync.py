@@ -70,10 +70,14 @@ class OuterSync:
 
     # -- start ---------------------------------------------------------------------------------------
 
-    def start(self) -> bool:
-        """Make the weights equal to those of replica 0 and set the anchors; True if they were equal before."""
+    def start(self, resuming: bool = False) -> bool:
+        """Make the weights equal to those of replica 0 and set the anchors; True if they were equal before.
+
+        Args:
+            resuming: a saved state comes next, and with it the anchors; every replica keeps the weights that it has.
+        """
         # Those of one replica first: only equal ones may divide what crosses replicas.
-        equal = [self._equalise(group) for group in (self.wire.twins, self.wire)]
+        equal = [self._equalise(group) for group in (self.wire.twins, self.wire) if not resuming]
         if not self.tensor_copies.start_():
             logger.warning("LoRDO: tensor-parallel ranks started with different copies; all now have the first one's")
         self.tied_copies.republish_(moments=False)
@@ -128,7 +132,8 @@ class OuterSync:
             executed_now: whether it executed the one that just ended.
 
         Returns:
-            The executed steps of the replica that executed most; every replica takes it over.
+            The executed steps of the replica that executed most, left out or not; every replica takes it over, so
+            that learning rates go on alike and never back.
 
         Raises:
             SyncError: the replicas differ where they must not, or too few were finite too many times in a row.
@@ -139,7 +144,7 @@ class OuterSync:
         participants = self.faults.participants(finite, step)
         report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
         self.rows.reduce(self.wire, self.inside, header[:, 1:3])
-        common_executed = int(header[participants or slice(None), 4].max())
+        common_executed = int(header[:, 4].max())
         if participants:
             self.nonfinite_syncs = 0
             self.left_out_syncs += not all(finite)

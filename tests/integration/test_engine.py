@@ -335,21 +335,43 @@ def test_parameters_frozen_parameters_and_buffers_start_equal(dtype: str) -> Non
 # -- faults ------------------------------------------------------------------------------------------
 
 
-def overflow_on_one_replica(bad_steps: list[int], warmup: bool = True) -> dict[str, Any]:
+def overflow_on_one_replica(
+    bad_steps: list[int], warmup: bool = True, steps: int = 9, lost_at: int = 0
+) -> dict[str, Any]:
+    """fp16 on two replicas. Rank 1 overflows at `bad_steps`; rank 0's loss is not finite at `lost_at`."""
     warmup_lr = {"type": "WarmupLR", "params": {"warmup_num_steps": 50, "warmup_max_lr": 1e-2}}
     config = settings("fp16", **({"scheduler": warmup_lr} if warmup else {}))
     engine = make_engine(config)
-    for step in range(1, 10):
+    hook = lordo_ds.hook(engine)
+    assert hook is not None
+    for step in range(1, steps + 1):
         bad = dist.get_rank() == 1 and step in bad_steps
         train_step(engine, step, spoil=math.inf if bad else None)
+        hook.record(loss=math.nan if dist.get_rank() == 0 and step == lost_at else 1.0)
+    hook.finish()
     return {
         "skipped": engine.skipped_steps,
         "steps": engine.global_steps,
+        "scheduled": engine.lr_scheduler.last_batch_iteration if warmup else None,
         "lr": engine.get_lr()[0],
         "status": lordo_ds.status(engine),
         "weights": weights(engine),
         "low_precision": {name: p.detach().float() for name, p in engine.module.named_parameters()},
     }
+
+
+@pytest.mark.parametrize(
+    ("bad_steps", "steps", "lost_at"), [([4], 6, 5), ([7, 8], 8, 0)], ids=["left out", "final sync"]
+)
+def test_schedules_go_on_as_that_of_the_replica_that_executed_most(
+    bad_steps: list[int], steps: int, lost_at: int
+) -> None:
+    """Also where that one is left out of the sync, and where the sync is the final one."""
+    ranks = run_ranks(overflow_on_one_replica, 2, bad_steps, True, steps, lost_at)
+    assert [rank["skipped"] for rank in ranks] == [0, len(bad_steps)]
+    assert [rank["status"]["syncs_with_replicas_left_out"] for rank in ranks] == [int(lost_at > 0)] * 2
+    assert [rank["status"]["executed_steps"] for rank in ranks] == [steps] * 2
+    assert ranks[0]["scheduled"] == ranks[1]["scheduled"] and ranks[0]["lr"] == ranks[1]["lr"]
 
 
 @pytest.mark.parametrize("bad_steps", [[1], [3], [1, 2, 3, 4], [5, 8]])

@@ -183,6 +183,10 @@ def test_between_syncs_the_mean_is_taken_and_nothing_is_lost_of_the_movement() -
     corrected = [run.states["w", m]["exp_avg"] / (1 - 0.9 ** (4 - m)) for m in range(2)]
     torch.testing.assert_close(merged["exp_avg"] / (1 - 0.9**4), (corrected[0] + corrected[1]) / 2)
     assert merged["step"] == 4
+    # The schedule comes from the replica that executed most, as the count of steps does.
+    run.counters = lambda replica: Counters(attempted_steps=4, executed_steps=2 + replica, syncs=1, last_synced_step=3)  # type: ignore[method-assign]
+    one = ReshapedRun(run, 1)
+    assert (one.counters(0).executed_steps, one.engine_state(0).client_state) == (3, {"samples": 1})
     assert torch.equal(ReshapedRun(run, 2).state("w", 1)["weight"], run.states["w", 1]["weight"])
 
 
