@@ -87,10 +87,10 @@ _choose_torch() {
   cuda=$(nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p' | head -n 1)
   if [ "${cuda:-0}" -ge 13 ]; then
     say "$GPU_COUNT NVIDIA GPU(s), driver for CUDA $cuda: installing the newest torch"
-    TORCH_ARGS=("torch>=2.6")
+    TORCH_ARGS=("torch>=2.8")
   else
     say "$GPU_COUNT NVIDIA GPU(s), driver for CUDA ${cuda:-unknown}: installing the newest torch built for CUDA 12"
-    TORCH_ARGS=("torch>=2.6,<2.11")
+    TORCH_ARGS=("torch>=2.8,<2.11")
   fi
 }
 

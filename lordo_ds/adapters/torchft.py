@@ -63,6 +63,7 @@ class QuorumWire(ReplicaWire):
     def __init__(self, group: Any) -> None:
         super().__init__(None)
         self._quorum = group
+        self._staged = "nccl" in group.getBackendName()
 
     def take_quorum(self) -> bool:
         """After a quorum was formed: who this replica is among how many. Whether that has changed."""

@@ -141,7 +141,7 @@ def adamw_step_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: T
     b1, b2 = settings.betas
     if weight.device.type in ("cpu", "cuda"):
         # What torch.optim.AdamW(fused=True) calls: one pass over memory, where the lines below take a dozen.
-        step = torch.full((), float(settings.step), device=weight.device)
+        step = torch.full((), float(settings.step), dtype=torch.float32, device=weight.device)  # as the kernel reads it
         torch._fused_adamw_(
             [weight],
             [gradient],

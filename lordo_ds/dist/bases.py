@@ -105,7 +105,8 @@ class Bases:
             seed=sketch_seed(item.plan.basis_side, step),
         )
         if refreshed.note:
-            self._tell(item.plan.name, step, refreshed.note, refreshed.kept)
+            kept = "keeping the previous basis" if old is not None else "columns of the identity as first basis"
+            self._tell(item.plan.name, step, refreshed.note, kept if refreshed.kept else "basis")
         new = item.publish_(refreshed.basis.contiguous())
         if old is not None and not refreshed.kept:
             moments = item.state["exp_avg"], item.state["exp_avg_sq"]
@@ -113,8 +114,7 @@ class Bases:
         item.store_basis(new)
         return None if old is None else overlap(new, old)
 
-    def _tell(self, name: str, step: int, note: str, kept: bool) -> None:
-        what = "keeping the previous basis" if kept else "basis"
+    def _tell(self, name: str, step: int, note: str, what: str) -> None:
         # A lasting condition is told once a parameter; the report of every sync carries it.
         level = logging.DEBUG if (name, note) in self._told else logging.WARNING
         self._told.add((name, note))

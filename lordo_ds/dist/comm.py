@@ -42,11 +42,11 @@ class Comm:
         return tensor
 
     def broadcast_(self, tensor: Tensor, kind: str, source: int = 0) -> Tensor:
-        """Copy the tensor of the group's rank `source` to all, in place; only the source is charged for it."""
+        """Copy the tensor of the group's rank `source` to all, in place; the source is charged for all copies."""
         if self.size > 1 and tensor.numel():
             self._run(tensor, lambda t: self._broadcast(t, source))
             if self.index == source:
-                self.ledger.add(kind, tensor.numel() * tensor.element_size())
+                self.ledger.add(kind, tensor.numel() * tensor.element_size() * (self.size - 1))
         return tensor
 
     def gather(self, row: Tensor, kind: str) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lordo_ds.dist.inside import InsideReplica
-from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.dist.wire import ReplicaWire, SyncError
 
 
 @dataclass
@@ -52,7 +52,17 @@ class RowAverager:
         Args:
             shapes: (replicas, 2), every replica's `shape`; one that has made the last steps only has fewer rows.
                 Default: all have this rank's.
+
+        Raises:
+            SyncError: the ranks of this replica recorded other rows than each other.
         """
+        if inside.rows.size > 1:
+            inside_shapes = inside.rows.gather(inside.vector(list(self.shape)), "rows")
+            if not bool((inside_shapes == inside_shapes[0]).all()):
+                raise SyncError(
+                    "LoRDO: the ranks of a replica recorded different numbers of rows: call record() once per step on "
+                    f"every rank, found (rows, values and a count) {inside_shapes.tolist()}"
+                )
         count, length = self.shape if shapes is None else shapes.amax(0).tolist()
         if not count:
             return

@@ -78,6 +78,9 @@ class FakeManager:
         self.quorums, self.collectives, self.step = quorums, 0, 0
         self.error: Exception | None = None
 
+    def getBackendName(self) -> str:
+        return "torchft-gloo"
+
     def register_state_dict_fn(self, key: str, load: Callable[[Any], None], state: Callable[[], Any]) -> None:
         self.load, self.state = load, state
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import lordo_ds
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.dist.wire import SyncError
 from tests.collectives import CollectiveCounter
 from tests.engines import GivenGradients, make_engine, settings, train_step
 from tests.integration.test_zero_trajectories import STAGES, fragments_of, zero
@@ -146,6 +147,24 @@ def bytes_per_step(stage: int, optimizer: dict[str, Any]) -> list[tuple[int, int
             found.append((counted, hook.bytes_sent - before, predicted))
             hook.record(loss=1.0)
     return found
+
+
+def rows_of_one_rank() -> str:
+    engine = make_engine(settings(optimizer={"replica_size": 2}, **zero(1)))
+    hook = lordo_ds.hook(engine)
+    assert hook is not None
+    try:
+        for step in range(1, 4):
+            train_step(engine, step)
+            if dist.get_rank() % 2 == 0:
+                hook.record(loss=1.0)
+    except SyncError as error:
+        return str(error)
+    return ""
+
+
+def test_rows_that_one_rank_of_a_replica_records_are_refused_on_all() -> None:
+    assert all("on every rank, found" in found for found in run_ranks(rows_of_one_rank, 4))
 
 
 def bytes_at_all_stages() -> dict[str, list[tuple[int, int, int]]]:
