@@ -120,7 +120,8 @@ _is_ready() {
 _build() {
   local start=$SECONDS log="$VENV/install.log" gpu=0
   _choose_python
-  if [ "$GPU_COUNT" -gt 0 ] && "$VENV/bin/python" -c 'import torch' >/dev/null 2>&1 && ! _has_gpu_torch; then
+  # The stamp says that the environment is ours to delete.
+  if [ "$GPU_COUNT" -gt 0 ] && [ -f "$VENV/lordo.stamp" ] && ! _has_gpu_torch; then
     say "$VENV was made for the CPU; with $GPU_COUNT NVIDIA GPU(s) it is made anew"
     rm -rf "$VENV"
   fi

@@ -19,7 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 devices=(--num_accelerators "$processes")
 if [ "$GPU_COUNT" -ge "$processes" ]; then
   if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then  # which the launcher ignores where it is told a number
-    CUDA_VISIBLE_DEVICES=$(cut -d , -f "1-$processes" <<<"$CUDA_VISIBLE_DEVICES")
+    CUDA_VISIBLE_DEVICES=$(cut -d , -f "1-$processes" <<<"${CUDA_VISIBLE_DEVICES// /}")
     devices=()
   fi
   echo "[launch] $processes processes, one GPU each${CUDA_VISIBLE_DEVICES:+ of $CUDA_VISIBLE_DEVICES}"

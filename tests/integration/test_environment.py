@@ -90,6 +90,14 @@ def test_a_torch_that_cannot_use_the_gpus_is_refused(machine: Machine) -> None:
     assert machine.source(gpus=2, new_torch="gpu of another driver", DS_ACCELERATOR="cpu").returncode == 0
 
 
+def test_an_environment_that_others_made_is_not_deleted(machine: Machine) -> None:
+    machine.source(gpus=0)
+    (machine.folder / ".venv" / "lordo.stamp").unlink()
+    (machine.folder / ".venv" / "mine").touch()
+    done = machine.source(gpus=2)
+    assert done.returncode == 1 and "cannot use them" in done.stderr and (machine.folder / ".venv" / "mine").exists()
+
+
 def test_hidden_gpus_do_not_count(machine: Machine) -> None:
     for visible, count in (("4,5", "2 GPUs, cuda"), ("", "0 GPUs, cpu"), ("0,1,2,3,4,5,6,7", "4 GPUs, cuda")):
         assert count in machine.source(gpus=4, CUDA_VISIBLE_DEVICES=visible).stdout
