@@ -4,7 +4,6 @@
 # Reads  PYTHON      interpreter to make .venv with (default: the first fitting one on PATH)
 #        LORDO_VENV  another place for the environment (default: ROOT/.venv)
 #        LORDO_EXTRAS  pip extras to install (default: megatron,train; launchers/test.sh adds test)
-#
 #        CUDA_VISIBLE_DEVICES  GPUs that are not in it do not count
 #        DS_ACCELERATOR=cpu    no GPU counts
 #

@@ -44,8 +44,9 @@ class EndsInASync:
             self._in_step = False
         lordo: LoRDO = self.optimizer  # type: ignore[attr-defined]
         before = lordo.executed_steps + bool(result[0])
-        changed = lordo.end_attempt()
-        self.take_over(lordo.executed_steps - before, changed)
+        self.steps_taken_over = 0
+        if lordo.end_attempt():
+            self.take_over(lordo.executed_steps - before)
         assert lordo.sync is not None
         if lordo.synced and lordo.sync.syncs == 1:
             self.samples.compare(lordo.sync.wire)
@@ -60,11 +61,10 @@ class EndsInASync:
             )
         return bool(super().step_with_ready_grads())  # type: ignore[misc]
 
-    def take_over(self, steps: int, changed: bool = True) -> None:
-        """A sync, where `changed`, gave this replica weights and the count of one that had executed `steps` more."""
+    def take_over(self, steps: int) -> None:
+        """A sync gave this replica weights, and the count of one that had executed `steps` more."""
         self.steps_taken_over = steps
-        if changed:
-            self.refresh_model()
+        self.refresh_model()
 
     def refresh_model(self) -> None:
         """Copy the fp32 weights to the low-precision ones that the model computes with."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch.distributed as dist
-
 from lordo_ds.checkpoint.layout import CheckpointError
 from lordo_ds.config import ConfigError
+from lordo_ds.dist.groups import of_all_ranks
 
 _T = TypeVar("_T")
 
@@ -27,9 +26,7 @@ def agreed(attempt: Callable[[], _T]) -> _T:
         result = attempt()
     except (CheckpointError, ConfigError, OSError) as caught:
         problem, error = str(caught) or type(caught).__name__, caught
-    problems = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    first = next((one for one in problems if one), "")
+    first = next((one for one in of_all_ranks(problem) if one), "")
     if problem and problem == first and isinstance(error, CheckpointError):
         raise error
     if first:

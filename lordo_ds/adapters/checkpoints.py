@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,10 +46,9 @@ from lordo_ds.checkpoint.layout import CheckpointError, refuse_differences
 from lordo_ds.checkpoint.native import optimizer_files, read_part, replica_numbers
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.rng import rng_state, set_rng_state
-from lordo_ds.dist.groups import ReplicaGroups
+from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.optimizer import LoRDO
 
-_T = TypeVar("_T")
 RANKS = "ranks.pt"  # what each rank keeps for itself: random generators, rows that wait for a sync
 _CLASSES = {
     f"{made.__module__}.{made.__qualname__}": made
@@ -142,7 +141,7 @@ def _whole_or_not(engine: Any, groups: ReplicaGroups, original: Any) -> Any:
             if dist.get_rank() == 0:
                 shutil.rmtree(part, ignore_errors=True)
             raise
-        found = _of_all_ranks(mine)
+        found = of_all_ranks(mine)
         agreed(lambda: _finish(target, part, found, tag if asked["save_latest"] else None))
         return result
 
@@ -151,17 +150,11 @@ def _whole_or_not(engine: Any, groups: ReplicaGroups, original: Any) -> Any:
 
 def _check_tag(tag: str) -> None:
     """Refuse a tag that is none, or not the same everywhere. Collective."""
-    tags = _of_all_ranks(tag)
+    tags = of_all_ranks(tag)
     if len(set(tags)) > 1:
         raise CheckpointError(f"LoRDO: the ranks save under different tags, {sorted(set(tags))[:3]}: give all the same")
     if not tag or Path(tag).name != tag:
         raise CheckpointError(f"LoRDO: the tag {tag!r} must be the name of a directory")
-
-
-def _of_all_ranks(value: _T) -> list[_T]:
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @contextmanager
@@ -263,7 +256,7 @@ def common_tag(load_dir: str | Path, tag: str | None) -> str | None:
             recover_folder(Path(load_dir, found))
 
     agreed(recovered)
-    tags = _of_all_ranks(agreed(lambda: find_tag(load_dir, tag)))
+    tags = of_all_ranks(agreed(lambda: find_tag(load_dir, tag)))
     if len(set(tags)) > 1:
         found = sorted(map(str, set(tags)))
         raise CheckpointError(f"LoRDO: the ranks find different checkpoints in {load_dir}: {found}")
@@ -326,7 +319,7 @@ def _check_state(engine: Any, load_dir: Path, tag: str, folder: Path) -> None:
 
 def restore_rank(folder: Path, groups: ReplicaGroups, optimizer: LoRDO) -> None:
     """What each rank kept for itself, if the mesh is the one that saved. Collective over all ranks."""
-    places = _of_all_ranks(_place(groups, optimizer))
+    places = of_all_ranks(_place(groups, optimizer))
     saved = {tuple(one["place"]): one for one in read_saved(folder / RANKS, classes={})}
     if set(saved) != set(map(tuple, places)):
         return

@@ -26,7 +26,8 @@ def equalise_untrained(engine: Any, trained: Collection[nn.Parameter], wire: Rep
     tensors = [t for t in [*stored, *engine.module.buffers()] if t.numel()]
     # Ranks that hold the same first: together they then divide what crosses replicas.
     for group in (wire.twins, wire):
-        _equalise(tensors, group, engine.device)
+        if group.size > 1:
+            _equalise(tensors, group, engine.device)
 
 
 def _equalise(tensors: list[Tensor], group: Comm, device: torch.device) -> None:

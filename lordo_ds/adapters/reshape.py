@@ -26,7 +26,7 @@ from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.core.slices import cut_slice
 from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.groups import ReplicaGroups
+from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.optimizer import LoRDO
 
 logger = logging.getLogger("lordo_ds")
@@ -56,9 +56,7 @@ def load_reshaped(
         here = optimizer.header()
     agreed(lambda: verify(folder, dist.get_rank(), dist.get_world_size()))
     run = agreed(lambda: ReshapedRun(open_run(folder, check=False), groups.layout.replica_count))
-    names: list[list[str]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(names, [fragment.name for fragment in here.fragments])
-    known = {name for of_rank in names for name in of_rank}
+    known = {name for names in of_all_ranks([fragment.name for fragment in here.fragments]) for name in names}
     agreed(lambda: _check(run, here, known, folder))
     agreed(lambda: [run.check_state(layout.name, groups.replica_index) for layout in here.fragments])
     state = agreed(lambda: run.engine_state(groups.replica_index))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
 
 from lordo_ds.core.mesh import ReplicaLayout
+
+_T = TypeVar("_T")
 
 _groups: dict[tuple[object, tuple[int, ...]], dist.ProcessGroup] = {}
 
@@ -48,9 +51,7 @@ def replica_groups(
     """
     me = dist.get_rank()
     replica_index, shard_index = layout.position(me)
-    places: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(places, replica_index)
-    inside = [rank for rank, replica in enumerate(places) if replica == replica_index]
+    inside = [rank for rank, replica in enumerate(of_all_ranks(replica_index)) if replica == replica_index]
     shard, replica, tensor, everyone, alone = make_groups(
         [layout.shard_group(me), layout.replica_group(me), tensor_ranks or (me,), inside, (me,)]
     )
@@ -75,10 +76,15 @@ def make_groups(wanted: Sequence[Sequence[int]]) -> list[dist.ProcessGroup]:
     stages, say), its members wait for each other for ever.
     """
     mine = [tuple(ranks) for ranks in wanted]
-    everybody: list[list[tuple[int, ...]]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(everybody, mine)
-    for ranks in sorted({ranks for one in everybody for ranks in one}):
+    for ranks in sorted({ranks for one in of_all_ranks(mine) for ranks in one}):
         # Keyed by the default group too: it may be destroyed and made anew in one process.
         if (dist.group.WORLD, ranks) not in _groups:
             _groups[dist.group.WORLD, ranks] = dist.new_group(list(ranks))
     return [_groups[dist.group.WORLD, ranks] for ranks in mine]
+
+
+def of_all_ranks(value: _T) -> list[_T]:
+    """The value of every rank of the world. Collective."""
+    values = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import torch.distributed as dist
 
 from lordo_ds.config import ConfigError
 from lordo_ds.core.mesh import ReplicaLayout, replica_layout
+from lordo_ds.dist.groups import of_all_ranks
 
 
 def layout_of_replicas(data_parallel_ranks: Sequence[int], replica_size: int | str) -> ReplicaLayout:
@@ -28,7 +28,7 @@ def _on_each_node(ranks: Sequence[int]) -> int:
     nodes = [rank // size for rank in ranks]
     counts = {nodes.count(node) for node in nodes}
     mine = counts.pop() if len(counts) == 1 and nodes == sorted(nodes) else 0
-    if set(_of_all_ranks(mine)) != {mine} or mine == 0:
+    if set(of_all_ranks(mine)) != {mine} or mine == 0:
         raise ConfigError(
             'LoRDO: optimizer.params.replica_size = "node" needs equally many data-parallel ranks of each pipeline '
             f"stage on every node, next to each other: give a number that divides {len(ranks)}"
@@ -42,7 +42,7 @@ def _ranks_per_node() -> int:
     stated = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     size = int(stated) if stated is not None else (1 if world == 1 else 0)
     local = int(os.environ.get("LOCAL_RANK", me % max(size, 1)))
-    sizes, first_ranks = zip(*_of_all_ranks((size, me - local)), strict=True)
+    sizes, first_ranks = zip(*of_all_ranks((size, me - local)), strict=True)
     if 0 in sizes:
         raise ConfigError(
             'LoRDO: optimizer.params.replica_size = "node" needs LOCAL_WORLD_SIZE, which torchrun and the deepspeed '
@@ -54,9 +54,3 @@ def _ranks_per_node() -> int:
             f"{list(sizes)}: give a number that divides {world}"
         )
     return size
-
-
-def _of_all_ranks(value: Any) -> list[Any]:
-    values = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
