@@ -5,7 +5,7 @@
 `fn` is a module-level function. Inside it `torch.distributed` is initialised (a `file://` store, no ports)
 and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, so DeepSpeed adopts
 the group as it is. Arguments and results may hold tensors; they travel through files. Every rank starts with
-torch, numpy and random seeded alike.
+torch, numpy and random seeded alike. A function that calls `pytest.skip` on every rank skips the test.
 
 The processes are forked from a server that has already imported what the tests need (tests/preload.py):
 2 ranks with a DeepSpeed engine take 0.25 s, after 4 s for the first launch (measured on 2 cores). The server
@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -61,6 +62,13 @@ class RankFailedError(RuntimeError):
         self.error_type = error_type
         self.signal = signal
         self.timed_out = timed_out
+
+
+@dataclass
+class Skipped:
+    """In the place of a rank's result: it called `pytest.skip` with this reason."""
+
+    reason: str
 
 
 @dataclass
@@ -137,9 +145,15 @@ def run_ranks(
             _end(processes)
         _show_output(run_dir, world_size)
         _raise_first_failure(run_dir, exit_codes, timeout_s if timed_out else None)
-        return [torch.load(run_dir / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
+        results = [torch.load(run_dir / f"result{rank}.pt", weights_only=False) for rank in range(world_size)]
     finally:
         shutil.rmtree(run_dir, ignore_errors=True)
+    skips = [rank for rank, result in enumerate(results) if isinstance(result, Skipped)]
+    if skips and len(skips) < world_size:
+        raise RankFailedError(f"rank {skips[0]} skipped ({results[skips[0]].reason}), others did not", rank=skips[0])
+    if skips:
+        pytest.skip(results[0].reason)
+    return results
 
 
 # ---------------------------------------------------------------------------------------------- parent
@@ -295,14 +309,13 @@ def _rank_main(rank: int, run_dir_name: str, settings: _Settings) -> None:
                 # Later than the parent's deadline, which reports where every rank stands, not only one.
                 timeout=timedelta(seconds=settings.timeout_s + 60),
             )
-        result = fn(*args, **kwargs)
-        _write(run_dir / f"result{rank}.pt", result)
+        write_whole(run_dir / f"result{rank}.pt", skipped_by(fn, *args, **kwargs))
         _await_others(run_dir, settings.world_size)
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:
         failure = _Failure(rank, time.monotonic(), type(error).__name__, f"raised:\n{traceback.format_exc()}")
-        _write(run_dir / f"failure{rank}.pt", failure)
+        write_whole(run_dir / f"failure{rank}.pt", failure)
         _flush()
         os._exit(1)  # no teardown: it could wait for peers that are in a collective with this rank
     _flush()
@@ -321,9 +334,22 @@ def _prepare(rank: int, settings: _Settings) -> None:
     os.environ.clear()
     os.environ.update(settings.environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
+    seed_everything()
+
+
+def seed_everything() -> None:
+    """The random state that every rank starts from."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def skipped_by(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What the function returns, or that it skipped."""
+    try:
+        return fn(*args, **kwargs)
+    except pytest.skip.Exception as skip:
+        return Skipped(str(skip.msg))
 
 
 def _follow_parent() -> None:
@@ -359,8 +385,8 @@ def _flush() -> None:
     sys.stderr.flush()
 
 
-def _write(path: Path, value: Any) -> None:
-    """Writes whole or not at all, so that the parent never reads half a file."""
+def write_whole(path: Path, value: Any) -> None:
+    """Saves whole or not at all, so that the parent never reads half a file."""
     part = path.with_suffix(".part")
     torch.save(value, part)
     part.rename(path)

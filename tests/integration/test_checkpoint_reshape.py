@@ -14,6 +14,7 @@ from torch import Tensor
 import lordo_ds
 from lordo_ds.checkpoint import CheckpointError, ReshapedRun, open_run
 from lordo_ds.checkpoint.portable import write_portable
+from tests.cases import Found, run_cases
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import run_ranks
 
@@ -39,25 +40,24 @@ def replica(engine: Any) -> int:
     return lordo_ds.hook(engine).replica_index  # type: ignore[union-attr]
 
 
-def save_all(folder: str) -> dict[str, dict[int, dict[str, Tensor]]]:
+def save(path: str, stage: int, dtype: str) -> dict[int, dict[str, Tensor]]:
     """2 replicas of 2 shards; what each holds by step. Gradients are a replica's, the same on its shards."""
-    found = {}
-    for stage, dtype in SAVED:
-        engine = make_engine(config(stage, dtype, 2))
-        found[name_of(stage, dtype)] = at = {}
-        for step in range(1, END + 1):
-            train_step(engine, step, replica(engine))
-            if step in (SYNC, BETWEEN):
-                engine.save_checkpoint(os.path.join(folder, name_of(stage, dtype)), client_state={"samples": 4 * step})
-            at[step] = weights(engine)
-        engine.destroy()
-    return found
+    engine = make_engine(config(stage, dtype, 2))
+    at = {}
+    for step in range(1, END + 1):
+        train_step(engine, step, replica(engine))
+        if step in (SYNC, BETWEEN):
+            engine.save_checkpoint(path, client_state={"samples": 4 * step})
+        at[step] = weights(engine)
+    engine.destroy()
+    return at
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found[str]]:
     folder = tmp_path_factory.mktemp("saved")
-    return folder, run_ranks(save_all, 4, str(folder), timeout_s=240)
+    cases = {name_of(*case): (str(folder / name_of(*case)), *case) for case in SAVED}
+    return folder, run_cases(save, 4, cases, timeout_s=240)
 
 
 # -- reading without processes -----------------------------------------------------------------------
@@ -65,18 +65,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
 
 @pytest.mark.parametrize(("stage", "dtype"), SAVED)
 def test_a_saved_run_is_read_whole_without_processes(saved: Any, stage: int, dtype: str) -> None:
-    folder, ranks = saved
+    folder, ranks = saved[0], saved[1][name_of(stage, dtype)]
     for step in (SYNC, BETWEEN):
         run = open_run(folder / name_of(stage, dtype), f"global_step{step}")
         assert run.replicas == 2 and run.synced == (step == SYNC)
         for m in range(2):
             assert run.counters(m).attempted_steps == step and run.engine_state(m).client_state == {"samples": 4 * step}
-            for name, weight in ranks[2 * m][name_of(stage, dtype)][step].items():
+            for name, weight in ranks[2 * m][step].items():
                 assert torch.equal(run.state(name, m)["weight"], weight), (name, m)
 
 
 def test_every_stage_saves_the_same_whole_state(saved: Any) -> None:
-    folder, _ = saved
+    folder, found = saved
+    assert all(found[name_of(stage, "fp32")] for stage in (0, 2, 3))
     runs = [open_run(folder / name_of(stage, "fp32"), f"global_step{BETWEEN}") for stage in (0, 2, 3)]
     for name in runs[0].parameters:
         for m in range(2):
@@ -108,8 +109,13 @@ def load_and_go_on(path: str, step: int, into: tuple[int, str, int], **optimizer
     return found
 
 
-def load_all(folder: str, cases: list[tuple[Any, ...]]) -> list[dict[str, Any]]:
-    return [load_and_go_on(os.path.join(folder, name), step, into) for name, step, into in cases]
+LoadCase = tuple[str, int, tuple[int, str, int]]  # what was saved, at which step, and the layout that loads it
+
+
+def load_all(saved: tuple[Path, Found[str]], world_size: int, cases: list[LoadCase]) -> Found[LoadCase]:
+    """Of what could be saved."""
+    chosen = {case: (str(saved[0] / case[0]), *case[1:]) for case in cases if saved[1].ran(case[0])}
+    return run_cases(load_and_go_on, world_size, chosen, timeout_s=240)
 
 
 SAME_REPLICAS = [
@@ -133,55 +139,71 @@ TWO_RANKS = [
 ]
 
 
-def expected_weights(ranks: list[Any], name: str, step: int, m: int, replicas: int) -> dict[str, Tensor]:
+def expected_weights(ranks: list[Any], step: int, m: int, replicas: int) -> dict[str, Tensor]:
     """What replica m of `replicas` starts with: its own where they are as many, else the mean, all equal at a sync."""
-    own = [ranks[2 * index][name][step] for index in range(2)]
+    own = [ranks[2 * index][step] for index in range(2)]
     if replicas == 2:
         return own[m]
     return {key: ((one.double() + own[1][key].double()) / 2).to(one.dtype) for key, one in own[0].items()}
 
 
-def check_loaded(found: list[list[dict[str, Any]]], cases: list[Any], ranks: list[Any], replica_count: int) -> None:
-    for results in found:
-        for (name, step, into), one in zip(cases, results, strict=True):
-            replicas = replica_count // into[2]
-            expected = expected_weights(ranks, name, step, one["replica"], replicas)
-            assert one["client"] == {"samples": 4 * step} and one["steps"] == step
-            assert one["status"]["replicas"] == replicas and one["status"]["step"] == END
-            for key, weight in one["after"].items():
-                assert torch.equal(weight, expected[key]), (name, step, into, key)
-            for weight in one["end"].values():
-                assert bool(torch.isfinite(weight).all())
-            if replicas == 2 and "fp32" in name:  # the same replicas with the same gradients
-                straight = ranks[2 * one["replica"]][name][END]
-                for key, weight in one["end"].items():
-                    assert float((weight - straight[key]).abs().max()) < 2e-5, (name, step, into, key)
+def check_loaded(found: list[dict[str, Any]], case: LoadCase, ranks: list[Any]) -> None:
+    name, step, into = case
+    for one in found:
+        replicas = len(found) // into[2]
+        expected = expected_weights(ranks, step, one["replica"], replicas)
+        assert one["client"] == {"samples": 4 * step} and one["steps"] == step
+        assert one["status"]["replicas"] == replicas and one["status"]["step"] == END
+        for key, weight in one["after"].items():
+            assert torch.equal(weight, expected[key]), key
+        for weight in one["end"].values():
+            assert bool(torch.isfinite(weight).all())
+        if replicas == 2 and "fp32" in name:  # the same replicas with the same gradients
+            straight = ranks[2 * one["replica"]][END]
+            for key, weight in one["end"].items():
+                assert float((weight - straight[key]).abs().max()) < 2e-5, key
 
 
-def test_other_stages_go_on_from_it(saved: Any) -> None:
-    folder, ranks = saved
-    found = run_ranks(load_all, 4, str(folder), SAME_REPLICAS, timeout_s=240)
-    check_loaded(found, SAME_REPLICAS, ranks, 4)
-    for one in found[0]:
-        for key, weight in one["model"].items():
-            assert weight.numel() == 0 or torch.equal(weight, one["after"][key]), key
+def load_case_id(case: LoadCase) -> str:
+    name, step, (stage, dtype, replica_size) = case
+    return f"{name}-step{step}-into-{name_of(stage, dtype)}-of-{replica_size}"
 
 
-def test_fewer_ranks_go_on_from_it(saved: Any) -> None:
-    folder, ranks = saved
-    check_loaded(run_ranks(load_all, 2, str(folder), TWO_RANKS, timeout_s=240), TWO_RANKS, ranks, 2)
+@pytest.fixture(scope="module")
+def loaded_on_four(saved: Any) -> Found[LoadCase]:
+    return load_all(saved, 4, SAME_REPLICAS)
+
+
+@pytest.fixture(scope="module")
+def loaded_on_two(saved: Any) -> Found[LoadCase]:
+    return load_all(saved, 2, TWO_RANKS)
+
+
+@pytest.mark.parametrize("case", SAME_REPLICAS, ids=load_case_id)
+def test_other_stages_go_on_from_it(saved: Any, loaded_on_four: Found[LoadCase], case: LoadCase) -> None:
+    ranks = saved[1][case[0]]
+    found = loaded_on_four[case]
+    check_loaded(found, case, ranks)
+    for key, weight in found[0]["model"].items():
+        assert weight.numel() == 0 or torch.equal(weight, found[0]["after"][key]), key
+
+
+@pytest.mark.parametrize("case", TWO_RANKS, ids=load_case_id)
+def test_fewer_ranks_go_on_from_it(saved: Any, loaded_on_two: Found[LoadCase], case: LoadCase) -> None:
+    ranks = saved[1][case[0]]
+    check_loaded(loaded_on_two[case], case, ranks)
 
 
 def test_one_rank_and_then_four_replicas_go_on_from_it(saved: Any, tmp_path: Path) -> None:
     """2 -> 1 -> 4 replicas at a sync: the weights stay the same to the bit."""
-    folder, ranks = saved
     name = name_of(3, "fp32")
+    folder, ranks = saved[0], saved[1][name]
     run_ranks(loaded_and_saved, 1, str(folder / name), f"global_step{SYNC}", (0, "fp32", 1), str(tmp_path))
     for stage in (0, 2):
         for one in run_ranks(load_and_go_on, 4, str(tmp_path), SYNC, (stage, "fp32", 1)):
             assert one["status"]["replicas"] == 4
             for key, weight in one["after"].items():
-                assert torch.equal(weight, ranks[0][name][SYNC][key]), key
+                assert torch.equal(weight, ranks[0][SYNC][key]), key
 
 
 def loaded_and_saved(path: str, tag: str, into: tuple[int, str, int], target: str) -> None:
@@ -191,19 +213,19 @@ def loaded_and_saved(path: str, tag: str, into: tuple[int, str, int], target: st
     engine.destroy()
 
 
-def ranks_changed(folder: str) -> list[dict[str, Any]]:
-    path = os.path.join(folder, name_of(2, "fp32"))
+def ranks_changed(path: str) -> list[dict[str, Any]]:
     return [load_and_go_on(path, SYNC, (2, "fp32", 2), rank=rank) for rank in (2, 4, "1/2")]
 
 
 def test_the_rank_shrinks_and_grows(saved: Any) -> None:
-    folder, ranks = saved
-    for found in run_ranks(ranks_changed, 4, str(folder), timeout_s=120):
+    name = name_of(2, "fp32")
+    ranks = saved[1][name]
+    for found in run_ranks(ranks_changed, 4, str(saved[0] / name), timeout_s=120):
         for one in found:
             for key, weight in one["after"].items():
-                assert torch.equal(weight, ranks[0][name_of(2, "fp32")][SYNC][key]), key
+                assert torch.equal(weight, ranks[0][SYNC][key]), key
             for key, weight in one["end"].items():
-                straight = ranks[2 * one["replica"]][name_of(2, "fp32")][END][key]
+                straight = ranks[2 * one["replica"]][END][key]
                 assert float((weight - straight).abs().max()) < 0.1, "as far as a few steps reach"
 
 
@@ -212,8 +234,8 @@ def portable_loaded(path: str) -> list[dict[str, Any]]:
 
 
 def test_a_portable_checkpoint_loads_into_any_layout(saved: Any, tmp_path: Path) -> None:
-    folder, ranks = saved
     name = name_of(1, "bf16")
+    folder, ranks = saved[0], saved[1][name]
     run = open_run(folder / name, f"global_step{BETWEEN}")
     write_portable(run, tmp_path / "portable")
     portable = open_run(tmp_path / "portable")
@@ -226,10 +248,11 @@ def test_a_portable_checkpoint_loads_into_any_layout(saved: Any, tmp_path: Path)
     for found in run_ranks(portable_loaded, 4, str(tmp_path / "portable"), timeout_s=120):
         for one in found:
             for key, weight in one["after"].items():
-                assert torch.equal(weight, ranks[2 * one["replica"]][name][BETWEEN][key]), key
+                assert torch.equal(weight, ranks[2 * one["replica"]][BETWEEN][key]), key
 
 
 def test_between_syncs_other_replicas_start_from_the_mean_and_are_told(saved: Any) -> None:
+    assert saved[1][name_of(2, "fp32")]
     run = open_run(saved[0] / name_of(2, "fp32"), f"global_step{BETWEEN}")
     assert not ReshapedRun(run, 2).notes
     assert (
@@ -243,42 +266,50 @@ def test_between_syncs_other_replicas_start_from_the_mean_and_are_told(saved: An
 # -- refusals ----------------------------------------------------------------------------------------
 
 
-def refusals(folder: str) -> dict[str, str]:
-    found = {}
-    path = os.path.join(folder, name_of(2, "fp32"))
-    cases: dict[str, tuple[dict[str, Any], bool]] = {
-        "stage": (config(3, "fp32", 2), False),
-        "precision": (config(2, "bf16", 2), False),
-        "replicas": (config(2, "fp32", 4), False),
-        "rank": (config(2, "fp32", 2, rank=2), False),
-        "error feedback": (config(2, "fp32", 2, error_feedback=False), False),
-        "projection": (config(2, "fp32", 2, low_rank={"exclude": ["wide"]}), True),
-    }
-    for case, (settings_, reshape) in cases.items():
-        engine = make_engine(copy.deepcopy(settings_), GivenGradients(scale=3.0))
-        before = weights(engine)
-        with pytest.raises(ValueError) as caught:
-            lordo_ds.load_checkpoint(engine, path, f"global_step{SYNC}", reshape=reshape)
-        assert all(torch.equal(weight, before[name]) for name, weight in weights(engine).items()), case
-        assert "\n" not in str(caught.value)
-        found[case] = f"{type(caught.value).__name__} {caught.value}"
-        engine.destroy()
-    return found
+# the configuration that loads, with reshape=True or not, and a part of the message
+REFUSED: dict[str, tuple[dict[str, Any], bool, str]] = {
+    "stage": (config(3, "fp32", 2), False, "ZeRO stage: saved 2, this run 3"),
+    "precision": (config(2, "bf16", 2), False, "precision: saved 'fp32', this run 'bf16'"),
+    "replicas": (config(2, "fp32", 4), False, "holds the replicas [0, 1], this run has 1"),
+    "rank": (config(2, "fp32", 2, rank=2), False, "subspace rank of "),
+    "error feedback": (
+        config(2, "fp32", 2, error_feedback=False),
+        False,
+        "optimizer.params.error_feedback: saved 'fp32', this run False",
+    ),
+    "projection": (
+        config(2, "fp32", 2, low_rank={"exclude": ["wide"]}),
+        True,
+        "projection of wide: saved True, this run False",
+    ),
+}
 
 
-def test_another_layout_is_refused_on_all_ranks_with_the_difference(saved: Any) -> None:
-    expected = {
-        "stage": "ZeRO stage: saved 2, this run 3",
-        "precision": "precision: saved 'fp32', this run 'bf16'",
-        "replicas": "holds the replicas [0, 1], this run has 1",
-        "rank": "subspace rank of ",
-        "error feedback": "optimizer.params.error_feedback: saved 'fp32', this run False",
-        "projection": "projection of wide: saved True, this run False",
-    }
-    for found in run_ranks(refusals, 4, str(saved[0]), timeout_s=120):
-        for case, message in expected.items():
-            assert found[case].startswith(CheckpointError.__name__) and message in found[case], found[case]
-            assert "reshape=True" in found[case] or case == "projection"
+def refusal(path: str, case: str) -> str:
+    settings_, reshape, _ = REFUSED[case]
+    engine = make_engine(copy.deepcopy(settings_), GivenGradients(scale=3.0))
+    before = weights(engine)
+    with pytest.raises(ValueError) as caught:
+        lordo_ds.load_checkpoint(engine, path, f"global_step{SYNC}", reshape=reshape)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(engine).items())
+    assert "\n" not in str(caught.value)
+    engine.destroy()
+    return f"{type(caught.value).__name__} {caught.value}"
+
+
+@pytest.fixture(scope="module")
+def refusals(saved: Any) -> Found[str]:
+    folder, found = saved
+    name = name_of(2, "fp32")
+    assert found[name]
+    return run_cases(refusal, 4, {case: (str(folder / name), case) for case in REFUSED}, timeout_s=120)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_another_layout_is_refused_on_all_ranks_with_the_difference(refusals: Found[str], case: str) -> None:
+    for message in refusals[case]:
+        assert message.startswith(CheckpointError.__name__) and REFUSED[case][2] in message, message
+        assert "reshape=True" in message or case == "projection"
 
 
 # -- what is not trained -----------------------------------------------------------------------------

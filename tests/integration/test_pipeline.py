@@ -26,6 +26,7 @@ from lordo_ds import ConfigError
 from lordo_ds.adapters import registration
 from lordo_ds.adapters.pipeline import ReplicaGrid, tied_copies
 from lordo_ds.core.schedule import sync_plan
+from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import DTYPES, make_engine, settings, weights
 from tests.ranks import RankFailedError, run_ranks
@@ -212,14 +213,10 @@ def trained(kind: str, stage: int, dtype: str, replica_size: int, stages: int, s
     return found
 
 
-def train_all(stages: int, replica_size: int, steps: int) -> dict[tuple[Any, ...], dict[str, Any]]:
-    chosen = [case for case in CASES if case[3] == replica_size]
-    return {case: trained(*case, stages, steps) for case in chosen}
-
-
-@functools.cache
-def all_trained(stages: int, ranks: int, replica_size: int, steps: int = 7) -> list[dict[tuple[Any, ...], Any]]:
-    return run_ranks(train_all, ranks, stages, replica_size, steps, timeout_s=280)
+@once
+def all_trained(stages: int, ranks: int, replica_size: int, steps: int = 7) -> Found[tuple[Any, ...]]:
+    cases = {case: (*case, stages, steps) for case in CASES if case[3] == replica_size}
+    return run_cases(trained, ranks, cases, timeout_s=280)
 
 
 OFFLOAD = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
@@ -233,28 +230,32 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def trained_with_options(stages: int) -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    found = {}
-    for option, (dtype, keys) in OPTIONS.items():
-        engine = make_engine(config_of(1, dtype, {"replica_size": 2}, **keys), make_model("tied embedding", stages))
-        hook = lordo_ds.hook(engine)
-        assert hook is not None
-        data = batches("tied embedding", dtype, hook.data_parallel_rank)
-        losses = [float(engine.train_batch(data)) for _ in range(5)]
-        found[option] = (losses, weights(engine))
-        engine.destroy()
+def trained_with_options(stages: int, option: str) -> tuple[list[float], dict[str, Tensor]]:
+    dtype, keys = OPTIONS[option]
+    engine = make_engine(config_of(1, dtype, {"replica_size": 2}, **keys), make_model("tied embedding", stages))
+    hook = lordo_ds.hook(engine)
+    assert hook is not None
+    data = batches("tied embedding", dtype, hook.data_parallel_rank)
+    losses = [float(engine.train_batch(data)) for _ in range(5)]
+    found = (losses, weights(engine))
+    engine.destroy()
     return found
 
 
-def test_two_stages_train_as_one_does_with_the_options_of_zero_1() -> None:
-    halves, whole = run_ranks(trained_with_options, 4, 2), run_ranks(trained_with_options, 2, 1)
-    for rank, found in enumerate(halves):
-        for option, (losses, masters) in found.items():
-            expected_losses, expected = whole[rank % 2][option]
-            tolerance = 2e-3 if OPTIONS[option][0] == "bf16" else 2e-5
-            assert losses == pytest.approx(expected_losses, rel=10 * tolerance), option
-            for name, weight in masters.items():
-                torch.testing.assert_close(weight, expected[name], rtol=0, atol=tolerance, msg=f"{option} {name}")
+@once
+def all_trained_with_options(stages: int) -> Found[str]:
+    return run_cases(trained_with_options, 2 * stages, {option: (stages, option) for option in OPTIONS})
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_two_stages_train_as_one_does_with_the_options_of_zero_1(option: str) -> None:
+    halves, whole = all_trained_with_options(2)[option], all_trained_with_options(1)[option]
+    for rank, (losses, masters) in enumerate(halves):
+        expected_losses, expected = whole[rank % 2]
+        tolerance = 2e-3 if OPTIONS[option][0] == "bf16" else 2e-5
+        assert losses == pytest.approx(expected_losses, rel=10 * tolerance)
+        for name, weight in masters.items():
+            torch.testing.assert_close(weight, expected[name], rtol=0, atol=tolerance, msg=name)
 
 
 def ids(case: tuple[Any, ...]) -> str:
@@ -265,11 +266,11 @@ def ids(case: tuple[Any, ...]) -> str:
 def test_two_stages_train_as_one_does(case: tuple[Any, ...]) -> None:
     """Stages of one replica sum tied gradients in another order; all else is the same arithmetic."""
     _, _, dtype, replica_size = case
-    halves, whole = all_trained(2, 4, replica_size), all_trained(1, 2, replica_size)
+    halves, whole = all_trained(2, 4, replica_size)[case], all_trained(1, 2, replica_size)[case]
     # bf16 and fp16 gradients of tied weights are rounded before they are summed over the stages, or after.
     tolerance = 2e-5 if dtype == "fp32" else 2e-3
-    for rank, expected in enumerate(found[case] for found in whole):
-        stages = [halves[rank][case], halves[rank + 2][case]]
+    for rank, expected in enumerate(whole):
+        stages = [halves[rank], halves[rank + 2]]
         assert expected["wrapper"] == stages[0]["wrapper"] == stages[1]["wrapper"]
         for step, one in enumerate(expected["steps"], start=1):
             for two in (stage["steps"][step - 1] for stage in stages):
@@ -281,20 +282,20 @@ def test_two_stages_train_as_one_does(case: tuple[Any, ...]) -> None:
             assert names == set(one["masters"])
 
 
-def test_one_replica_of_one_pipeline_trains_as_one_rank_does() -> None:
-    halves, whole = all_trained(2, 2, 1), all_trained(1, 1, 1)
-    for case, expected in whole[0].items():
-        tolerance = 2e-5 if case[2] == "fp32" else 2e-3
-        for stage in halves:
-            for one, two in zip(expected["steps"], stage[case]["steps"], strict=True):
-                assert two["norm"] == pytest.approx(one["norm"], rel=10 * tolerance)
-                for name, weight in two["masters"].items():
-                    torch.testing.assert_close(weight, one["masters"][name], rtol=0, atol=tolerance)
+@pytest.mark.parametrize("case", [case for case in CASES if case[3] == 1], ids=ids)
+def test_one_replica_of_one_pipeline_trains_as_one_rank_does(case: tuple[Any, ...]) -> None:
+    halves, (whole,) = all_trained(2, 2, 1)[case], all_trained(1, 1, 1)[case]
+    tolerance = 2e-5 if case[2] == "fp32" else 2e-3
+    for stage in halves:
+        for one, two in zip(whole["steps"], stage["steps"], strict=True):
+            assert two["norm"] == pytest.approx(one["norm"], rel=10 * tolerance)
+            for name, weight in two["masters"].items():
+                torch.testing.assert_close(weight, one["masters"][name], rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_every_rank_of_a_replica_has_its_norm_and_loss(case: tuple[Any, ...]) -> None:
-    ranks = [found[case] for found in all_trained(2, 4, case[3])]
+    ranks = all_trained(2, 4, case[3])[case]
     for step in range(7):
         numbers = [(rank["steps"][step]["norm"], rank["steps"][step]["loss"]) for rank in ranks]
         assert numbers[0] == numbers[2] and numbers[1] == numbers[3]
@@ -303,8 +304,8 @@ def test_every_rank_of_a_replica_has_its_norm_and_loss(case: tuple[Any, ...]) ->
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_only_the_syncs_cross_replicas_with_as_many_bytes_as_predicted(case: tuple[Any, ...]) -> None:
-    for rank, found in enumerate(all_trained(2, 4, case[3])):
-        for step, one in enumerate(found[case]["steps"], start=1):
+    for rank, found in enumerate(all_trained(2, 4, case[3])[case]):
+        for step, one in enumerate(found["steps"], start=1):
             counted, ledger, predicted = one["bytes"]
             assert counted == ledger == predicted, f"rank {rank}, step {step}: {one['bytes']}, {one['callers']}"
             if case[3] == 2 or (step > 1 and step % 3):
@@ -315,7 +316,7 @@ def test_only_the_syncs_cross_replicas_with_as_many_bytes_as_predicted(case: tup
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_replicas_are_equal_after_a_sync_and_tied_copies_too(case: tuple[Any, ...]) -> None:
-    ranks = [found[case] for found in all_trained(2, 4, case[3])]
+    ranks = all_trained(2, 4, case[3])[case]
     for step in (3, 6):
         one = [rank["steps"][step - 1] for rank in ranks]
         for kind in ("masters", "model"):
@@ -332,8 +333,8 @@ def test_replicas_are_equal_after_a_sync_and_tied_copies_too(case: tuple[Any, ..
 
 
 def test_the_last_stage_of_an_uneven_pipeline_projects_nothing() -> None:
-    found = all_trained(2, 4, 1)
-    assert [rank["uneven", 0, "fp32", 1]["projected"] for rank in found] == [2, 2, 0, 0]
+    found = all_trained(2, 4, 1)["uneven", 0, "fp32", 1]
+    assert [rank["projected"] for rank in found] == [2, 2, 0, 0]
 
 
 def with_the_users_optimizer() -> list[list[float]]:
@@ -381,25 +382,30 @@ def tensor_parallel(tensor: int, stages: int, stage: int, dtype: str) -> dict[st
     return found
 
 
-def tensor_parallel_cases(tensor: int, stages: int) -> dict[tuple[int, str], dict[str, Any]]:
-    cases = [(0, "fp32"), (1, "fp32"), (0, "fp16"), (0, "bf16"), (1, "bf16")]
-    return {case: tensor_parallel(tensor, stages, *case) for case in cases}
+MESH_CASES = [(0, "fp32"), (1, "fp32"), (0, "fp16"), (0, "bf16"), (1, "bf16")]
 
 
-def test_norms_and_weights_do_not_depend_on_tensor_and_pipeline_sizes() -> None:
+@once
+def all_tensor_parallel(tensor: int, stages: int) -> Found[tuple[int, str]]:
+    cases = {case: (tensor, stages, *case) for case in MESH_CASES}
+    return run_cases(tensor_parallel, tensor * stages, cases, timeout_s=200)
+
+
+@pytest.mark.parametrize(("tensor", "stages"), [(2, 2), (2, 1)])
+@pytest.mark.parametrize("case", MESH_CASES, ids=ids)
+def test_norms_and_weights_do_not_depend_on_tensor_and_pipeline_sizes(
+    case: tuple[int, str], tensor: int, stages: int
+) -> None:
     """DeepSpeed's own norm at stage 0 leaves out parts of the model on every mesh but the smallest."""
-    (whole,) = run_ranks(tensor_parallel_cases, 1, 1, 1, timeout_s=200)
-    for tensor, stages in ((2, 2), (2, 1)):
-        ranks = run_ranks(tensor_parallel_cases, tensor * stages, tensor, stages, timeout_s=200)
-        for case, expected in whole.items():
-            tolerance = 2e-5 if case[1] == "fp32" else 2e-3
-            for rank, found in enumerate(ranks):
-                assert found[case]["norms"] == pytest.approx(expected["norms"], rel=10 * tolerance), f"{case} {rank}"
-                assert found[case]["norms"] == ranks[0][case]["norms"]
-                for name, weight in found[case]["weights"].items():
-                    one = expected["weights"][name]
-                    part = one if weight.shape == one.shape else one.chunk(tensor)[rank % tensor]
-                    torch.testing.assert_close(weight.float(), part.float(), rtol=0, atol=tolerance)
+    (whole,), ranks = all_tensor_parallel(1, 1)[case], all_tensor_parallel(tensor, stages)[case]
+    tolerance = 2e-5 if case[1] == "fp32" else 2e-3
+    for rank, found in enumerate(ranks):
+        assert found["norms"] == pytest.approx(whole["norms"], rel=10 * tolerance), f"rank {rank}"
+        assert found["norms"] == ranks[0]["norms"]
+        for name, weight in found["weights"].items():
+            one = whole["weights"][name]
+            part = one if weight.shape == one.shape else one.chunk(tensor)[rank % tensor]
+            torch.testing.assert_close(weight.float(), part.float(), rtol=0, atol=tolerance)
 
 
 # -- batch keys, data, evaluation --------------------------------------------------------------------
@@ -559,18 +565,14 @@ def overflowing(stage: int, dtype: str, replica_size: int) -> dict[str, Any]:
 OVERFLOW_CASES = [(0, "fp16", 1), (1, "fp16", 1), (0, "fp16", 2), (1, "fp16", 2), (0, "bf16", 1), (0, "bf16", 2)]
 
 
-def all_overflowing() -> dict[tuple[int, str, int], dict[str, Any]]:
-    return {case: overflowing(*case) for case in OVERFLOW_CASES}
-
-
-@functools.cache
-def overflows() -> list[dict[tuple[int, str, int], dict[str, Any]]]:
-    return run_ranks(all_overflowing, 4, timeout_s=200)
+@once
+def overflows() -> Found[tuple[int, str, int]]:
+    return run_cases(overflowing, 4, {case: case for case in OVERFLOW_CASES}, timeout_s=200)
 
 
 @pytest.mark.parametrize("case", OVERFLOW_CASES, ids=ids)
 def test_all_ranks_of_a_replica_skip_the_same_steps(case: tuple[int, str, int]) -> None:
-    ranks = [found[case] for found in overflows()]
+    ranks = overflows()[case]
     bad = [step in (2, 5) for step in range(1, 8)]
     for rank, found in enumerate(ranks):
         hit = case[2] == 2 or rank % 2 == 1
@@ -594,17 +596,17 @@ def growing_scale(dtype: str, stage: int) -> list[float]:
     return [*norms, scale]
 
 
-def growing_scales() -> dict[str, list[float]]:
-    cases = {"exact": ("fp32", 0), "stage 0": ("fp16", 0), "stage 1": ("fp16", 1)}
-    return {name: growing_scale(*case) for name, case in cases.items()}
+@once
+def growing_scales() -> Found[str]:
+    return run_cases(growing_scale, 2, {"exact": ("fp32", 0), "stage 0": ("fp16", 0), "stage 1": ("fp16", 1)})
 
 
-def test_gradients_are_unscaled_by_the_scale_they_were_computed_with() -> None:
+@pytest.mark.parametrize("stage", [0, 1])
+def test_gradients_are_unscaled_by_the_scale_they_were_computed_with(stage: int) -> None:
     """At stage 0 DeepSpeed does not scale the loss of a pipeline, and divides by a scale that has just grown."""
-    for found in run_ranks(growing_scales, 2):
-        for stage in ("stage 0", "stage 1"):
-            assert found[stage][-1] > 32.0, "the loss scale grew"
-            assert found[stage][:-1] == pytest.approx(found["exact"][:-1], rel=2e-2)
+    for found, exact in zip(growing_scales()[f"stage {stage}"], growing_scales()["exact"], strict=True):
+        assert found[-1] > 32.0, "the loss scale grew"
+        assert found[:-1] == pytest.approx(exact[:-1], rel=2e-2)
 
 
 # -- checkpoints -------------------------------------------------------------------------------------
@@ -659,20 +661,17 @@ def saved_and_resumed(folder: str, kind: str, stage: int, dtype: str, replica_si
     return facts
 
 
-def all_resumed(folder: str) -> dict[tuple[Any, ...], dict[str, Any]]:
-    return {case: saved_and_resumed(folder, *case) for case in CHECKPOINT_CASES}
-
-
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[tuple[Any, ...], Any]]]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Found[tuple[Any, ...]]]:
     folder = tmp_path_factory.mktemp("checkpoints")
-    return folder, run_ranks(all_resumed, 4, str(folder), timeout_s=280)
+    cases = {case: (str(folder), *case) for case in CHECKPOINT_CASES}
+    return folder, run_cases(saved_and_resumed, 4, cases, timeout_s=280)
 
 
 @pytest.mark.parametrize("case", CHECKPOINT_CASES, ids=ids)
 def test_resuming_is_bitwise(checkpoints: Any, case: tuple[Any, ...]) -> None:
-    for found in checkpoints[1]:
-        facts = {name: value for name, value in found[case].items() if name != "at_save"}
+    for found in checkpoints[1][case]:
+        facts = {name: value for name, value in found.items() if name != "at_save"}
         assert facts.pop("client") == 7
         assert all(facts.values()), facts
 
@@ -680,7 +679,7 @@ def test_resuming_is_bitwise(checkpoints: Any, case: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("case", CHECKPOINT_CASES, ids=ids)
 def test_each_replica_has_the_files_of_all_its_stages(checkpoints: Any, case: tuple[Any, ...]) -> None:
     kind, stage, dtype, replica_size = case
-    folder = checkpoints[0] / ids(case)
+    folder, _ = checkpoints[0] / ids(case), checkpoints[1][case]
     replicas = 2 // replica_size
     assert (folder / "latest").read_text() == "global_step4"
     found = sorted(p.name for p in (folder / "global_step4").glob("replica_*"))
@@ -701,7 +700,7 @@ def test_saving_the_module_writes_the_first_replica_only(checkpoints: Any) -> No
     case = ("untied", 0, "fp32", 1)
     folder = checkpoints[0] / ids(case)
     saved = torch.load(folder / "plain_0" / "layer_00-model_states.pt", weights_only=True)
-    assert torch.equal(saved["weight"], checkpoints[1][0][case]["at_save"]["0.weight"])
+    assert torch.equal(saved["weight"], checkpoints[1][case][0]["at_save"]["0.weight"])
     assert not (folder / "plain_1").exists()
 
 
@@ -720,21 +719,37 @@ def weights_only(folder: str, case: tuple[Any, ...], options: dict[str, Any]) ->
     return found
 
 
-def all_weights_only(folder: str) -> dict[tuple[Any, str], dict[str, Any]]:
-    cases = [("tied embedding", 0, "bf16", 1), ("untied", 0, "fp16", 1)]
-    options: list[dict[str, Any]] = [{"load_optimizer_states": False}, {"load_module_only": True}]
-    return {(case, str(option)): weights_only(folder, case, option) for case in cases for option in options}
+WEIGHTS_ONLY: dict[str, dict[str, Any]] = {
+    "no states": {"load_optimizer_states": False},
+    "the module only": {"load_module_only": True},
+}
+WEIGHTS_ONLY_CASES = [("tied embedding", 0, "bf16", 1), ("untied", 0, "fp16", 1)]
 
 
-def test_weights_without_states_are_a_new_start_for_all_replicas(checkpoints: Any) -> None:
+@pytest.fixture(scope="module")
+def weights_loaded(checkpoints: Any) -> Found[tuple[Any, str]]:
+    folder, saved = checkpoints
+    cases = {
+        (case, option): (str(folder), case, keys)
+        for case in WEIGHTS_ONLY_CASES
+        for option, keys in WEIGHTS_ONLY.items()
+        if saved.ran(case)
+    }
+    return run_cases(weights_only, 4, cases)
+
+
+@pytest.mark.parametrize("option", WEIGHTS_ONLY)
+@pytest.mark.parametrize("case", WEIGHTS_ONLY_CASES, ids=ids)
+def test_weights_without_states_are_a_new_start_for_all_replicas(
+    checkpoints: Any, weights_loaded: Any, case: tuple[Any, ...], option: str
+) -> None:
     """DeepSpeed forgets the full-precision weights of a bf16 pipeline at stage 0."""
-    ranks = run_ranks(all_weights_only, 4, str(checkpoints[0]))
-    for rank, found in enumerate(ranks):
-        for (case, _), one in found.items():
-            saved = checkpoints[1][rank - rank % 2][case]["at_save"]
-            assert one["anchored"] and same(one["model"], saved), case
-            for name, master in one["masters"].items():
-                assert torch.equal(master.to(saved[name].dtype), saved[name]), f"{case} {name}"
+    ranks = checkpoints[1][case]
+    for rank, one in enumerate(weights_loaded[case, option]):
+        saved = ranks[rank - rank % 2]["at_save"]
+        assert one["anchored"] and same(one["model"], saved)
+        for name, master in one["masters"].items():
+            assert torch.equal(master.to(saved[name].dtype), saved[name]), name
 
 
 # -- putting things back, refusals, failures ---------------------------------------------------------
@@ -806,52 +821,50 @@ def two_way() -> PipelineModule:
     return DualPipeVModule(layers=layers, num_stages=2, loss_fn=squared_error, partition_method="uniform")
 
 
-def refused() -> dict[str, tuple[str, bool]]:
-    """Per case: what was said, and whether the module has its own grid again."""
+def two_groups(model: PipelineModule) -> list[dict[str, Any]]:
+    parameters = list(model.parameters())
+    if model.stage_id == 1:
+        return [{"params": parameters}]
+    return [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
+
+
+untied = functools.partial(make_model, "untied", 2)
+tied = functools.partial(make_model, "tied embedding", 2)
+FP32_GRADS = {"data_types": {"grad_accum_dtype": "fp32"}}
+# the model, the configuration, its parameter groups, and a part of the message
+REFUSED: dict[str, tuple[Any, dict[str, Any], Any, str]] = {
+    "stage 2": (untied, config_of(2), None, "use stage 0 or 1"),
+    "two-way": (two_way, config_of(0), None, "DualPipeVModule"),
+    "half tied": (half_tied, config_of(0), None, "positions of the TiedLayerSpec 'embedding'"),
+    "other accumulation": (tied, config_of(1, "fp16", **FP32_GRADS), None, "grad_accum_dtype"),
+    "group counts": (untied, config_of(1), two_groups, "[1, 2] parameter groups"),
+    "replica size": (untied, config_of(0, optimizer={"replica_size": 3}), None, "must divide the data-parallel size 2"),
+}
+
+
+def refused(case: str) -> tuple[str, bool]:
+    """What was said, and whether the module has its own grid again."""
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-
-    def two_groups(model: PipelineModule) -> list[dict[str, Any]]:
-        parameters = list(model.parameters())
-        if model.stage_id == 1:
-            return [{"params": parameters}]
-        return [{"params": parameters[:1]}, {"params": parameters[1:], "weight_decay": 0.0}]
-
-    untied = functools.partial(make_model, "untied", 2)
-    tied = functools.partial(make_model, "tied embedding", 2)
-    fp32_grads = {"data_types": {"grad_accum_dtype": "fp32"}}
-    cases: dict[str, tuple[Any, dict[str, Any], Any]] = {
-        "stage 2": (untied, config_of(2), None),
-        "two-way": (two_way, config_of(0), None),
-        "half tied": (half_tied, config_of(0), None),
-        "other accumulation": (tied, config_of(1, "fp16", **fp32_grads), None),
-        "group counts": (untied, config_of(1), two_groups),
-        "replica size": (untied, config_of(0, optimizer={"replica_size": 3}), None),
-    }
-    found = {}
-    for name, (make, config, parameters) in cases.items():
-        model = make()
-        grid = model.mpu()
-        given = {"model_parameters": parameters(model)} if parameters else {}
-        with pytest.raises(ConfigError) as caught:
-            make_engine(config, model, **given)
-        put_back = model.mpu() is grid and not isinstance(deepspeed_groups.mpu, ReplicaGrid)
-        found[name] = (str(caught.value), put_back)
-    return found
+    make, config, parameters, _ = REFUSED[case]
+    model = make()
+    grid = model.mpu()
+    given = {"model_parameters": parameters(model)} if parameters else {}
+    with pytest.raises(ConfigError) as caught:
+        make_engine(config, model, **given)
+    put_back = model.mpu() is grid and not isinstance(deepspeed_groups.mpu, ReplicaGrid)
+    return str(caught.value), put_back
 
 
-def test_what_would_train_wrongly_is_refused_on_every_rank() -> None:
-    for found in run_ranks(refused, 4):
-        for name, fragment in {
-            "stage 2": "use stage 0 or 1",
-            "two-way": "DualPipeVModule",
-            "half tied": "positions of the TiedLayerSpec 'embedding'",
-            "other accumulation": "grad_accum_dtype",
-            "group counts": "[1, 2] parameter groups",
-            "replica size": "must divide the data-parallel size 2",
-        }.items():
-            message, put_back = found[name]
-            assert fragment in message and "\n" not in message, name
-            assert put_back, name
+@once
+def all_refused() -> Found[str]:
+    return run_cases(refused, 4, {case: (case,) for case in REFUSED})
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_train_wrongly_is_refused_on_every_rank(case: str) -> None:
+    for message, put_back in all_refused()[case]:
+        assert REFUSED[case][3] in message and "\n" not in message
+        assert put_back
 
 
 def uneven_for_long() -> tuple[int, int]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import lordo_ds
 from lordo_ds import ConfigError
 from lordo_ds.adapters.zero_init import zero_init_group
 from tests import problems
+from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import RankFailedError, run_ranks
@@ -41,14 +41,10 @@ def config_of(stage: int, dtype: str = "fp32", optimizer: dict[str, Any] | None 
     return settings(dtype, {"replica_size": 2, **(optimizer or {})}, **zero(stage), **keys)
 
 
-def at_each_stage(function: str, *args: Any) -> dict[int, Any]:
-    return {stage: globals()[function](stage, *args) for stage in STAGES}
-
-
-@functools.cache
-def of_all_stages(function: str, *args: Any) -> list[dict[int, Any]]:
+@once
+def of_all_stages(function: Callable[..., Any], *args: Any) -> Found[int]:
     """What a function returns at every stage, by rank; all stages in one launch of 4 ranks."""
-    return run_ranks(at_each_stage, 4, function, *args, timeout_s=240)
+    return run_cases(function, 4, {stage: (stage, *args) for stage in STAGES}, timeout_s=240)
 
 
 def model_weights(engine: Any) -> dict[str, Tensor]:
@@ -94,7 +90,7 @@ def trained(stage: int, dtype: str) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_ranks_of_a_replica_are_equal_and_replicas_differ_between_syncs(stage: int, dtype: str) -> None:
-    first, second, third, fourth = [found[stage] for found in of_all_stages("trained", dtype)]
+    first, second, third, fourth = of_all_stages(trained, dtype)[stage]
     for step in range(1, 8):
         (a, a_low), (b, b_low), (c, c_low), (d, d_low) = (f["steps"][step - 1] for f in (first, second, third, fourth))
         assert same(a, b) and same(c, d) and same(a_low, b_low) and same(c_low, d_low), f"step {step}"
@@ -109,9 +105,9 @@ def test_ranks_of_a_replica_are_equal_and_replicas_differ_between_syncs(stage: i
 @pytest.mark.parametrize("stage", STAGES)
 def test_only_the_sync_crosses_replicas(stage: int, dtype: str) -> None:
     """At stage 3 the first steps include DeepSpeed's check that all ranks run the same modules."""
-    for found in of_all_stages("trained", dtype):
-        assert found[stage]["inside"] > 0
-        for step, callers in enumerate(found[stage]["crossing"], start=1):
+    for found in of_all_stages(trained, dtype)[stage]:
+        assert found["inside"] > 0
+        for step, callers in enumerate(found["crossing"], start=1):
             # Step 1 ends in the first basis; the sync interval is 3.
             assert bool(callers) == (step == 1 or step % 3 == 0), f"step {step}: {callers}"
             assert all("/lordo_ds/dist/" in caller for caller in callers), f"step {step}: {callers}"
@@ -130,10 +126,10 @@ def plain_average(stage: int, dtype: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_replica_of_all_ranks_averages_over_all(stage: int) -> None:
-    found = of_all_stages("plain_average", "fp32")
-    assert all(same(found[0][stage], other[stage]) for other in found)
+    found = of_all_stages(plain_average, "fp32")
+    assert all(same(found[stage][0], other) for other in found[stage])
     for name, weight in found[0][0].items():
-        torch.testing.assert_close(found[0][stage][name], weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[stage][0][name], weight, rtol=0, atol=1e-6)
 
 
 # -- starting equal ----------------------------------------------------------------------------------
@@ -170,7 +166,7 @@ def started(stage: int, dtype: str) -> dict[str, Any]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_replicas_start_with_the_weights_of_the_first(stage: int, dtype: str) -> None:
     """DeepSpeed equalises the parameters of a replica, not its buffers: those follow the same shard of the first."""
-    ranks = [found[stage] for found in of_all_stages("started", dtype)]
+    ranks = of_all_stages(started, dtype)[stage]
     for rank in ranks[1:]:
         assert same(ranks[0]["model"], rank["model"])
     assert float(ranks[3]["model"]["frozen"][0, 0]) == 1.0 and float(ranks[3]["model"]["frozen_small"][0]) == 1.0
@@ -225,8 +221,8 @@ def batch_meaning(stage: int) -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_batch_keys_mean_what_plain_deepspeeds_mean(stage: int) -> None:
-    for found in of_all_stages("batch_meaning"):
-        for keys, (ours, plain) in zip(BATCH_KEYS, found[stage], strict=True):
+    for found in of_all_stages(batch_meaning)[stage]:
+        for keys, (ours, plain) in zip(BATCH_KEYS, found, strict=True):
             assert ours == plain, keys
             assert ours["config_untouched"]
 
@@ -252,7 +248,7 @@ def samples_seen(stage: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_rank_of_every_replica_reads_its_own_samples(stage: int) -> None:
-    for lists in zip(*(found[stage] for found in of_all_stages("samples_seen")), strict=True):
+    for lists in zip(*of_all_stages(samples_seen)[stage], strict=True):
         assert sorted(i for one in lists for i in one) == list(range(32))
 
 
@@ -273,8 +269,8 @@ def recorded_rows(stage: int) -> list[list[dict[str, float]]]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_recorded_numbers_are_averaged_over_all_ranks_of_all_replicas(stage: int) -> None:
-    for found in of_all_stages("recorded_rows"):
-        losses = [[row["loss"] for row in rows] for rows in found[stage]]
+    for found in of_all_stages(recorded_rows)[stage]:
+        losses = [[row["loss"] for row in rows] for rows in found]
         assert losses == [[], [], [16.0, 17.0], [], [], [18.0, 19.0, 20.0]]
 
 
@@ -305,7 +301,7 @@ def overflowing(stage: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_overflow_on_one_rank_skips_its_replica_and_keeps_the_replicas_in_step(stage: int) -> None:
-    ranks = [found[stage] for found in of_all_stages("overflowing")]
+    ranks = of_all_stages(overflowing)[stage]
     assert [rank["skipped"] for rank in ranks] == [0, 0, 3, 3]
     for rank in ranks:
         assert rank["steps"] == 9 and rank["status"]["syncs"] == 3 and rank["status"]["executed_steps"] == 9
@@ -316,8 +312,8 @@ def test_an_overflow_on_one_rank_skips_its_replica_and_keeps_the_replicas_in_ste
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_fp16_gradients_are_unscaled_exactly_once(stage: int) -> None:
-    for rank, found in enumerate(of_all_stages("overflowing")):
-        for step, norm in enumerate(found[stage]["norms"], start=1):
+    for rank, found in enumerate(of_all_stages(overflowing)[stage]):
+        for step, norm in enumerate(found["norms"], start=1):
             if rank > 1 and step in (1, 4, 6):
                 assert math.isinf(norm)
                 continue
@@ -363,13 +359,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_is_bitwise(checkpoints: Path, stage: int, dtype: str) -> None:
-    for found in of_all_stages("saved_and_resumed", str(checkpoints), dtype):
-        assert found[stage]["bitwise"] and found[stage]["bytes_equal"]
+    for found in of_all_stages(saved_and_resumed, str(checkpoints), dtype)[stage]:
+        assert found["bitwise"] and found["bytes_equal"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_each_replica_has_its_own_files_under_one_tag(checkpoints: Path, stage: int) -> None:
-    of_all_stages("saved_and_resumed", str(checkpoints), "bf16")
+    assert of_all_stages(saved_and_resumed, str(checkpoints), "bf16")[stage]
     folder = checkpoints / f"bf16_{stage}"
     assert (folder / "latest").read_text() == "global_step4"
     assert sorted(p.name for p in (folder / "global_step4").glob("replica_*")) == ["replica_0", "replica_1"]
@@ -388,11 +384,11 @@ def test_each_replica_has_its_own_files_under_one_tag(checkpoints: Path, stage: 
 def test_deepspeeds_own_script_makes_plain_weights_of_a_replica(checkpoints: Path, stage: int) -> None:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    ranks = of_all_stages("saved_and_resumed", str(checkpoints), "fp32")
+    ranks = of_all_stages(saved_and_resumed, str(checkpoints), "fp32")[stage]
     folder = checkpoints / f"fp32_{stage}"
     for replica in range(2):
         found = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=f"global_step4/replica_{replica}")
-        assert same({name: weight.clone() for name, weight in found.items()}, ranks[2 * replica][stage]["at_save"])
+        assert same({name: weight.clone() for name, weight in found.items()}, ranks[2 * replica]["at_save"])
 
 
 RESUMED_WITH: dict[str, dict[str, Any]] = {
@@ -403,29 +399,33 @@ RESUMED_WITH: dict[str, dict[str, Any]] = {
 }
 
 
-def resumed_with_options(folder: str) -> dict[str, bool]:
-    found = {}
-    for option, keys in RESUMED_WITH.items():
-        config = settings("bf16", {"replica_size": 2}, **keys)
-        straight = make_engine(copy.deepcopy(config))
-        for step in range(1, 7):
-            train_step(straight, step)
-            if step == 4:
-                straight.save_checkpoint(os.path.join(folder, option))
-        expected = weights(straight)
-        straight.destroy()
-        resumed = make_engine(copy.deepcopy(config), GivenGradients(scale=3.0))
-        resumed.load_checkpoint(os.path.join(folder, option))
-        for step in range(5, 7):
-            train_step(resumed, step)
-        found[option] = same(weights(resumed), expected)
-        resumed.destroy()
+def resumed_with_option(folder: str, option: str) -> bool:
+    config = settings("bf16", {"replica_size": 2}, **RESUMED_WITH[option])
+    straight = make_engine(copy.deepcopy(config))
+    for step in range(1, 7):
+        train_step(straight, step)
+        if step == 4:
+            straight.save_checkpoint(os.path.join(folder, option))
+    expected = weights(straight)
+    straight.destroy()
+    resumed = make_engine(copy.deepcopy(config), GivenGradients(scale=3.0))
+    resumed.load_checkpoint(os.path.join(folder, option))
+    for step in range(5, 7):
+        train_step(resumed, step)
+    found = same(weights(resumed), expected)
+    resumed.destroy()
     return found
 
 
-def test_resuming_is_bitwise_with_the_options_of_the_stages(tmp_path: Path) -> None:
-    for found in run_ranks(resumed_with_options, 4, str(tmp_path), timeout_s=240):
-        assert all(found.values()), found
+@pytest.fixture(scope="module")
+def resumed_with_options(tmp_path_factory: pytest.TempPathFactory) -> Found[str]:
+    folder = str(tmp_path_factory.mktemp("options"))
+    return run_cases(resumed_with_option, 4, {option: (folder, option) for option in RESUMED_WITH}, timeout_s=240)
+
+
+@pytest.mark.parametrize("option", RESUMED_WITH)
+def test_resuming_is_bitwise_with_the_options_of_the_stages(resumed_with_options: Found[str], option: str) -> None:
+    assert resumed_with_options[option] == [True] * 4
 
 
 def weights_only(stage: int, folder: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -447,13 +447,13 @@ def weights_only(stage: int, folder: str, options: dict[str, Any]) -> dict[str, 
 def test_weights_without_states_are_a_new_start_for_all_replicas(
     checkpoints: Path, stage: int, options: dict[str, bool]
 ) -> None:
-    saved = of_all_stages("saved_and_resumed", str(checkpoints), "bf16")
+    saved = of_all_stages(saved_and_resumed, str(checkpoints), "bf16")[stage]
     ranks = run_ranks(weights_only, 4, stage, str(checkpoints), options)
     for found in ranks:
         assert found["anchored"] and same(found["model"], ranks[0]["model"])
         for name, master in found["masters"].items():
             # DeepSpeed restores the masters from the model's copy, or with their own precision.
-            assert torch.equal(master.bfloat16(), saved[0][stage]["at_save"][name].bfloat16())
+            assert torch.equal(master.bfloat16(), saved[0]["at_save"][name].bfloat16())
             assert torch.equal(master.bfloat16(), found["model"][name])
             assert float((found["end"][name] - master).abs().max()) < 0.1, "the old weights came back"
 
@@ -466,14 +466,14 @@ def resumed_with(folder: str, stage: int, replica_size: int | str, options: dict
 
 
 def test_another_number_of_replicas_is_refused_on_resume(checkpoints: Path) -> None:
-    of_all_stages("saved_and_resumed", str(checkpoints), "fp32")
+    assert of_all_stages(saved_and_resumed, str(checkpoints), "fp32")[2]
     for message in run_ranks(resumed_with, 4, str(checkpoints / "fp32_2"), 2, "all", {}):
         assert "holds the replicas [0, 1], this run has 1: resume with as many ranks" in message
 
 
 @pytest.mark.parametrize("options", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=str)
 def test_weights_without_states_are_refused_at_stage_3(checkpoints: Path, options: dict[str, bool]) -> None:
-    of_all_stages("saved_and_resumed", str(checkpoints), "fp32")
+    assert of_all_stages(saved_and_resumed, str(checkpoints), "fp32")[3]
     for message in run_ranks(resumed_with, 4, str(checkpoints / "fp32_3"), 3, 2, options):
         assert "load the optimizer states too" in message
 
@@ -505,25 +505,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def trained_with_options() -> dict[str, dict[str, Tensor]]:
-    found = {}
-    for name, keys in {"stage 1": zero(1), **OPTIONS}.items():
-        engine = make_engine(settings("bf16", {"replica_size": 2}, **keys))
-        for step in range(1, 8):
-            train_step(engine, step)
-        found[name] = weights(engine)
-        engine.destroy()
+def trained_with_option(keys: dict[str, Any]) -> dict[str, Tensor]:
+    engine = make_engine(settings("bf16", {"replica_size": 2}, **keys))
+    for step in range(1, 8):
+        train_step(engine, step)
+    found = weights(engine)
+    engine.destroy()
     return found
 
 
-def test_options_of_the_stages_do_not_change_the_trajectory() -> None:
+@once
+def trained_with_options() -> Found[str]:
+    cases = {option: (keys,) for option, keys in {"stage 1": zero(1), **OPTIONS}.items()}
+    return run_cases(trained_with_option, 4, cases, timeout_s=240)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_of_the_stages_do_not_change_the_trajectory(option: str) -> None:
     """bf16 gradients are summed in another order or precision: a few of them round the other way."""
-    ranks = run_ranks(trained_with_options, 4, timeout_s=240)
-    for found in ranks:
-        for option in OPTIONS:
-            for name, weight in found["stage 1"].items():
-                torch.testing.assert_close(found[option][name], weight, rtol=0, atol=3e-3, msg=f"{option}: {name}")
-    assert all(same(ranks[0][option], ranks[1][option]) for option in OPTIONS)
+    ranks = trained_with_options()[option]
+    for found, expected in zip(ranks, trained_with_options()["stage 1"], strict=True):
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=0, atol=3e-3, msg=name)
+    assert same(ranks[0], ranks[1])
 
 
 def offload_states_later() -> str:
@@ -664,13 +668,12 @@ def with_users_mpu(stage: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_users_mpu_is_wrapped_and_asked_about_model_parallelism(stage: int) -> None:
-    ranks = of_all_stages("with_users_mpu")
-    without = of_all_stages("trained", "fp32")
-    for rank, found in enumerate(each[stage] for each in ranks):
+    without = of_all_stages(trained, "fp32")[stage]
+    for rank, found in enumerate(of_all_stages(with_users_mpu)[stage]):
         assert found["replica"] == ([0, 1] if rank < 2 else [2, 3])
         assert found["train_batch_size"] == 4 and found["wrapped"]
         assert stage == 0 or "group" in found["asked"]
-        assert same(found["weights"], without[rank][stage]["steps"][3][0])
+        assert same(found["weights"], without[rank]["steps"][3][0])
 
 
 class SequenceParallelMPU:
@@ -709,7 +712,7 @@ def tensor_parallel(stage: int) -> dict[str, Any]:
     return facts
 
 
-@functools.cache
+@once
 def on_two_ranks() -> list[dict[str, Tensor]]:
     return run_ranks(of_data_parallel_ranks, 2)
 
@@ -723,7 +726,7 @@ def of_data_parallel_ranks() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_data_parallel_ranks_of_a_tensor_parallel_mpu_are_cut_into_replicas(stage: int) -> None:
-    for rank, found in enumerate(each[stage] for each in of_all_stages("tensor_parallel")):
+    for rank, found in enumerate(of_all_stages(tensor_parallel)[stage]):
         replica, slice_index = divmod(rank, 2)
         assert found["place"] == (2, replica, [2 * replica, 2 * replica + 1])
         assert found["model parallel"] == (2, slice_index) and found["files"] == slice_index

@@ -13,6 +13,7 @@ from torch import nn
 import lordo_ds
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.dist.wire import SyncError
+from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import GivenGradients, make_engine, settings, train_step
 from tests.integration.test_zero_trajectories import STAGES, fragments_of, zero
@@ -65,21 +66,25 @@ def train_net(stage: int, shards: int, micro: int, accumulation: int) -> dict[st
     return {"weights": whole_weights(engine), "norms": norms, "steps": engine.global_steps}
 
 
-def all_nets(shards: int) -> dict[tuple[int, int], dict[str, Any]]:
-    torch.set_num_threads(1)
+@once
+def all_nets(shards: int) -> Found[tuple[int, int]]:
+    """By stage and accumulation, on two replicas."""
     ways = [(4 // shards, 1), (2 // shards, 2)]
-    return {(stage, n): train_net(stage, shards, micro, n) for stage in STAGES for micro, n in ways}
+    return run_cases(
+        train_net, 2 * shards, {(stage, n): (stage, shards, micro, n) for stage in STAGES for micro, n in ways}
+    )
 
 
-def test_accumulation_clipping_and_unused_parameters_agree_at_every_stage_and_shard_count() -> None:
-    unsharded, sharded = run_ranks(all_nets, 2, 1), run_ranks(all_nets, 4, 2)
-    expected = unsharded[0][0, 1]
-    assert all(norm > 0.05 for norm in expected["norms"]), "the norms are never clipped"
-    for rank, found in [(r, case) for r, each in enumerate(unsharded) for case in each.items()]:
-        _same(found[1], unsharded[rank][0, 1], f"one rank per replica, stage and accumulation {found[0]}")
-    for rank, each in enumerate(sharded):
-        for case, result in each.items():
-            _same(result, unsharded[rank // 2][0, 1], f"two ranks per replica, stage and accumulation {case}")
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_clipping_and_unused_parameters_agree_at_every_stage_and_shard_count(
+    stage: int, accumulation: int, shards: int
+) -> None:
+    unsharded = all_nets(1)[0, 1]
+    assert all(norm > 0.05 for norm in unsharded[0]["norms"]), "the norms are never clipped"
+    for rank, found in enumerate(all_nets(shards)[stage, accumulation]):
+        _same(found, unsharded[rank // shards], f"rank {rank}")
 
 
 def _same(found: dict[str, Any], expected: dict[str, Any], what: str) -> None:
@@ -105,22 +110,25 @@ def overflow(stage: int, bad_steps: list[int]) -> dict[str, Any]:
     }
 
 
-def overflows_at_all_stages() -> dict[str, dict[str, Any]]:
-    torch.set_num_threads(1)
-    return {f"stage {stage} steps {bad}": overflow(stage, bad) for stage in (0, 2, 3) for bad in ([1], [3], [4, 5, 6])}
+BAD_STEPS = {"first": [1], "due": [3], "three": [4, 5, 6]}
 
 
-def test_a_skipped_step_on_one_replica_neither_hangs_nor_drifts_at_any_stage() -> None:
-    ranks = run_ranks(overflows_at_all_stages, 4, timeout_s=200)
-    for case in ranks[0]:
-        bad = len(case.split("steps ")[1].split(","))
-        for rank, each in enumerate(ranks):
-            found = each[case]
-            assert found["skipped"] == (bad if rank >= 2 else 0), f"{case} rank {rank}"
-            assert (found["steps"], found["executed"], found["syncs"]) == (9, 9, 3), f"{case} rank {rank}"
-            for name, weight in found["weights"].items():
-                assert bool(torch.isfinite(weight).all()), f"{case} {name}"
-                assert torch.equal(weight, ranks[rank % 2][case]["weights"][name]), f"{case} {name}: replicas differ"
+@once
+def overflows_at_all_stages() -> Found[tuple[int, str]]:
+    cases = {(stage, bad): (stage, steps) for stage in (0, 2, 3) for bad, steps in BAD_STEPS.items()}
+    return run_cases(overflow, 4, cases, timeout_s=200)
+
+
+@pytest.mark.parametrize("bad", BAD_STEPS)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_skipped_step_on_one_replica_neither_hangs_nor_drifts_at_any_stage(stage: int, bad: str) -> None:
+    ranks = overflows_at_all_stages()[stage, bad]
+    for rank, found in enumerate(ranks):
+        assert found["skipped"] == (len(BAD_STEPS[bad]) if rank >= 2 else 0), f"rank {rank}"
+        assert (found["steps"], found["executed"], found["syncs"]) == (9, 9, 3), f"rank {rank}"
+        for name, weight in found["weights"].items():
+            assert bool(torch.isfinite(weight).all()), name
+            assert torch.equal(weight, ranks[rank % 2]["weights"][name]), f"{name}: replicas differ"
 
 
 def bytes_per_step(stage: int, optimizer: dict[str, Any]) -> list[tuple[int, int, int]]:
@@ -167,21 +175,30 @@ def test_rows_that_one_rank_of_a_replica_records_are_refused_on_all() -> None:
     assert all("on every rank, found" in found for found in run_ranks(rows_of_one_rank, 4))
 
 
-def bytes_at_all_stages() -> dict[str, list[tuple[int, int, int]]]:
-    torch.set_num_threads(1)
-    cases: list[dict[str, Any]] = [{}, {"preset": "recommended", "error_feedback": "bf16"}]
-    return {f"stage {stage} {case}": bytes_per_step(stage, case) for stage in STAGES for case in cases}
+BYTES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "recommended": {"preset": "recommended", "error_feedback": "bf16"},
+}
 
 
-def test_bytes_cross_replicas_at_syncs_only_and_as_predicted_at_every_stage() -> None:
-    ranks = run_ranks(bytes_at_all_stages, 4, timeout_s=200)
-    for each in ranks:
-        for case, steps in each.items():
-            for step, (counted, ledger, predicted) in enumerate(steps, start=1):
-                assert counted == ledger == predicted, f"{case}, step {step}: {counted}, {ledger}, {predicted}"
-                assert (counted > 0) == (step == 1 or step % 3 == 0), f"{case}, step {step}"
-    for case in (case for case in ranks[0] if case.startswith("stage 0")):
-        whole, cut = (
-            sum(counted for each in ranks for counted, _, _ in each[one]) for one in (case, case.replace("0", "1", 1))
-        )
-        assert abs(whole / cut - 1) < 0.05, f"{case}: ranks that hold the same send {whole}, shards {cut}"
+@once
+def bytes_at_all_stages() -> Found[tuple[int, str]]:
+    cases = {(stage, case): (stage, optimizer) for stage in STAGES for case, optimizer in BYTES.items()}
+    return run_cases(bytes_per_step, 4, cases, timeout_s=200)
+
+
+@pytest.mark.parametrize("case", BYTES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_bytes_cross_replicas_at_syncs_only_and_as_predicted_at_every_stage(stage: int, case: str) -> None:
+    for steps in bytes_at_all_stages()[stage, case]:
+        for step, (counted, ledger, predicted) in enumerate(steps, start=1):
+            assert counted == ledger == predicted, f"step {step}: {counted}, {ledger}, {predicted}"
+            assert (counted > 0) == (step == 1 or step % 3 == 0), f"step {step}"
+
+
+@pytest.mark.parametrize("case", BYTES)
+def test_ranks_that_hold_the_same_send_as_much_together_as_shards_do(case: str) -> None:
+    whole, cut = (
+        sum(counted for steps in bytes_at_all_stages()[stage, case] for counted, _, _ in steps) for stage in (0, 1)
+    )
+    assert abs(whole / cut - 1) < 0.05, f"ranks that hold the same send {whole}, shards {cut}"

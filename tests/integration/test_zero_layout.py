@@ -7,7 +7,6 @@ order or an element held twice cannot go unseen.
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import deepspeed
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from lordo_ds.adapters.zero import flat_tensors, gradient_bytes, is_offloaded, refresh_low_precision
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.optimizer import LoRDO
+from tests.cases import Found, once, run_cases
 from tests.engines import LORDO, make_engine, settings
 from tests.ranks import RankFailedError, run_ranks
 
@@ -202,22 +202,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def of_each_case(what: str) -> dict[str, Any]:
+@once
+def of_all_cases(what: str, shards: int) -> Found[str]:
     function = {"layout": layout, "refreshed": refreshed}[what]
-    return {case: function(keys) for case, (_, keys) in CASES.items()}
-
-
-@functools.cache
-def of_all_ranks(what: str, shards: int) -> list[dict[str, Any]]:
-    """The results of every case, by rank; all cases in one launch."""
-    return run_ranks(of_each_case, shards, what, timeout_s=240)
+    return run_cases(function, shards, {case: (keys,) for case, (_, keys) in CASES.items()}, timeout_s=240)
 
 
 @pytest.mark.parametrize("shards", [2, 3])
 @pytest.mark.parametrize("case", list(CASES))
 def test_every_element_is_where_the_layout_says_and_in_one_place_only(case: str, shards: int) -> None:
     wrapper, keys = CASES[case]
-    ranks = [found[case] for found in of_all_ranks("layout", shards)]
+    ranks = of_all_cases("layout", shards)[case]
     model = OddShapes()
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad and p.numel()}
     held: dict[str, list[int]] = {name: [] for name in trainable}
@@ -246,7 +241,7 @@ def test_every_element_is_where_the_layout_says_and_in_one_place_only(case: str,
 
 
 def test_a_matrix_can_straddle_three_shards_and_a_small_one_lie_within_one() -> None:
-    found = of_all_ranks("layout", 3)[0]["stage 1 fp32"]["flats"]
+    found = of_all_cases("layout", 3)["stage 1 fp32"][0]["flats"]
     held = {p[0]: sum(stop > start for start, stop in p[2]) for flat in found for p in flat}
     assert held["wide.weight"] == 3 and held["tiny.weight"] == 1
 
@@ -289,7 +284,7 @@ def refreshed(case: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_refreshing_gives_the_model_what_the_stepped_tensors_hold(case: str) -> None:
-    assert [wrong[case] for wrong in of_all_ranks("refreshed", 2)] == [[], []]
+    assert of_all_cases("refreshed", 2)[case] == [[], []]
 
 
 # -- refusals ----------------------------------------------------------------------------------------
