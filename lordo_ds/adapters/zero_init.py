@@ -1,8 +1,11 @@
-"""ZeRO-3 on replicas: the group for `deepspeed.zero.Init`, and two places where DeepSpeed 0.19.8 assumes the world.
+"""ZeRO-3 on replicas: `deepspeed.zero.Init`, its group and dtype, and where DeepSpeed 0.19.8 assumes the world.
 
 `zero.Init` partitions a model while it is being built, before there is an engine, over all ranks unless it is told
 otherwise. Inside its context `Module.apply` broadcasts from global rank 0, which is not in every replica; and the check
 that all ranks run the same modules broadcasts over all ranks, so that replicas would wait for each other.
+
+Its `dtype` is ignored on devices without fp16: `dtype or float16 if supported else bfloat16` is read as
+`(dtype or float16) if supported else bfloat16`, and a model asked for in fp32 is built in bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch.distributed as dist
 from deepspeed import load_ds_config
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partition_parameters import Init, InsertPostInitMethodToModuleSubClasses
 from deepspeed.runtime.zero.utils import is_zero_param
 from deepspeed.utils import groups as deepspeed_groups
 from torch import nn
@@ -52,6 +55,9 @@ def zero_init_patches(type_name: str, version: str) -> Iterator[MethodPatch]:
     """Apply the patches of this module, one after the other."""
     give_group = functools.partial(_give_replica_group, type_name=type_name)
     yield MethodPatch(Init, "__init__", _INIT_PARAMETERS, give_group, version)
+    yield MethodPatch(
+        InsertPostInitMethodToModuleSubClasses, "_set_dtype", ("self", "ds_config", "dtype"), _obey_dtype, version
+    )
     yield MethodPatch(Init, "patch_init_and_builtins", ("self",), _apply_inside_group, version)
     yield MethodPatch(zero_utils, "assert_lst_len_same_as_other_ranks", ("args", "kwargs"), _length_in_replica, version)
     yield MethodPatch(zero_utils, "get_lst_from_rank0", ("lst",), _values_in_replica, version)
@@ -75,6 +81,16 @@ def _give_replica_group(original: Any, type_name: str) -> Any:
         original(**given)
 
     return init
+
+
+def _obey_dtype(original: Any) -> Any:
+    @functools.wraps(original)
+    def _set_dtype(self: Init, ds_config: Any, dtype: torch.dtype | None) -> None:
+        original(self, ds_config, dtype)
+        if dtype is not None:
+            self.dtype = dtype
+
+    return _set_dtype
 
 
 def _apply_inside_group(original: Any) -> Any:

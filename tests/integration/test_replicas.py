@@ -13,6 +13,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor, nn
 
@@ -815,6 +816,37 @@ def test_zero_init_partitions_over_the_replica(how: str, replica_size: int | str
         assert same(found["start"], ranks[0]["start"])
         assert float(found["start"]["inner.bias"][0]) == 0.25
         assert same(found["end"], ranks[first]["end"])
+
+
+def dtypes_under_init(fp16: bool) -> dict[str, list[str]]:
+    """The dtypes of a model built under `zero.Init`, on a device that has fp16 or not, with our patches and without."""
+    get_accelerator().is_fp16_supported = lambda: fp16
+    found: dict[str, list[str]] = {}
+
+    def build(how: str, **given: Any) -> None:
+        with deepspeed.zero.Init(**given):
+            model = nn.Linear(7, 9)
+        found[how] = sorted({str(p.ds_tensor.dtype) for p in model.parameters()})
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        build(str(dtype), dtype=dtype)
+        build(f"{dtype} beside a configuration", dtype=dtype, config_dict_or_path=stage_3("all"))
+    build("a configuration", config_dict_or_path=stage_3("all"))
+    build("nothing")
+    lordo_ds.unregister()
+    build("unregistered", dtype=torch.float32)
+    return found
+
+
+@pytest.mark.parametrize("fp16", [True, False])
+def test_zero_init_builds_in_the_dtype_that_is_asked_for(fp16: bool) -> None:
+    """DeepSpeed builds all of them in bf16 where the device has no fp16."""
+    for found in run_ranks(dtypes_under_init, 2, fp16):
+        for dtype in ("torch.float32", "torch.bfloat16", "torch.float16"):
+            assert found[dtype] == found[f"{dtype} beside a configuration"] == [dtype]
+        assert found["a configuration"] == ["torch.float32"]
+        assert found["nothing"] == ["torch.float16" if fp16 else "torch.bfloat16"], "DeepSpeed's own choice stays"
+        assert found["unregistered"] == ["torch.float32" if fp16 else "torch.bfloat16"], "DeepSpeed has mended it"
 
 
 def test_a_model_partitioned_over_all_ranks_is_refused_with_the_way_out() -> None:
