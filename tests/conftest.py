@@ -11,7 +11,12 @@ import shutil
 import subprocess
 from collections import Counter
 
+import hypothesis
 import pytest
+
+# Examples have no deadline: on a busy machine 200 ms say nothing about the code.
+hypothesis.settings.register_profile("lordo", deadline=None)
+hypothesis.settings.load_profile("lordo")
 
 # Set before any test module imports DeepSpeed, which picks its accelerator at import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

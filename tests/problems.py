@@ -6,6 +6,8 @@ gradients here have a spectrum with clear gaps, equal on all replicas up to a re
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,19 +27,26 @@ def initial_weights(dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: (value.clamp(-3.9, 3.9) * 32).round().div(32).to(dtype) for name, value in draw.items()}
 
 
+@functools.cache
+def _common_sides(index: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The singular vectors that a matrix's gradients have on all replicas and at all steps."""
+    generator = torch.Generator().manual_seed(1000 * index + 17)
+    k = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(side, k, generator=generator, dtype=torch.float64)).Q for side in shape)
+    return left, right
+
+
 def gradients(step: int, replica: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """The gradient of one replica at one step; every caller gets the same numbers."""
     out = {}
     for index, (name, shape) in enumerate(SHAPES.items()):
-        common = torch.Generator().manual_seed(1000 * index + 17)
         own = torch.Generator().manual_seed(100_000 * (replica + 1) + 100 * step + index)
         noise = torch.randn(shape, generator=own, dtype=torch.float64)
         if len(shape) == 1:
             value = noise
         else:
             k = min(shape)
-            left = torch.linalg.qr(torch.randn(shape[0], k, generator=common, dtype=torch.float64)).Q
-            right = torch.linalg.qr(torch.randn(shape[1], k, generator=common, dtype=torch.float64)).Q
+            left, right = _common_sides(index, shape)
             spectrum = 4.0 * 0.45 ** torch.arange(k, dtype=torch.float64)
             mix = 1.0 + 0.3 * torch.randn(k, generator=own, dtype=torch.float64)
             value = left @ torch.diag(spectrum * mix) @ right.T + 0.02 * noise

@@ -8,11 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lordo_ds import LoRDO, LordoConfig
-from lordo_ds.core.grouping import plan_parameters
-from lordo_ds.core.reference import Reference
+from lordo_ds import LoRDO
 from tests import problems
-from tests.ranks import run_ranks
+from tests.cases import Found, once, run_cases
+from tests.references import Trajectory, fp32_limit, trajectory
 
 STEPS = 10
 BASE = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "rank": 3, "sync_interval": 3}
@@ -55,27 +54,27 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def largest_difference(case: dict[str, Any], dtype: torch.dtype, skips: dict[int, list[int]] | None = None) -> float:
+def settings_of(name: str) -> dict[str, Any]:
+    return {**BASE, **{key: value for key, value in CASES[name].items() if not key.startswith("_")}}
+
+
+def largest_difference(expected: Trajectory, name: str, dtype: torch.dtype) -> float:
     """Largest distance to this replica's weights in the reference, relative to each parameter's largest weight."""
-    settings = {**BASE, **{key: value for key, value in case.items() if not key.startswith("_")}}
+    settings, case = settings_of(name), CASES[name]
     replica, replicas = dist.get_rank(), dist.get_world_size()
     named = [(name, torch.nn.Parameter(w)) for name, w in problems.initial_weights(dtype).items()]
     optimizer = LoRDO(named, **settings)
     if "_bucket_numel" in case:
         _rebucket(optimizer, case["_bucket_numel"])
-    config = LordoConfig.parse(settings)
-    plans = plan_parameters(config, problems.facts())
-    reference = Reference(config, plans, [problems.initial_weights(dtype) for _ in range(replicas)])
     worst = 0.0
     for step in range(1, STEPS + 1):
-        all_gradients = [problems.gradients(step, m, dtype) for m in range(replicas)]
+        gradients = problems.gradients(step, replica, dtype)
         for name, parameter in named:
-            parameter.grad = all_gradients[replica][name].clone()
+            parameter.grad = gradients[name]
         optimizer.step()
-        reference.step(all_gradients)
         for name, parameter in named:
-            expected = reference.weights[replica][name]
-            worst = max(worst, float((parameter.detach() - expected).abs().max() / expected.abs().max()))
+            theirs = expected[name][step - 1, replica]
+            worst = max(worst, float((parameter.detach() - theirs).abs().max() / theirs.abs().max()))
     if replicas > 1 and settings.get("sync_interval", 3) > 1:
         assert optimizer.last_report is not None and optimizer.last_report.drift > 0
     return worst
@@ -91,19 +90,31 @@ def _rebucket(optimizer: LoRDO, bucket_numel: int) -> None:
     assert len(optimizer.sync.buckets) > 2
 
 
-def all_differences() -> dict[tuple[str, str], float]:
-    torch.set_num_threads(1)
-    return {
-        (name, str(dtype)): largest_difference(case, dtype)
-        for name, case in CASES.items()
+@once
+def all_differences(replicas: int) -> Found[tuple[str, torch.dtype]]:
+    cases = {
+        (name, dtype): (trajectory(settings_of(name), problems.facts(), replicas, dtype, STEPS), name, dtype)
+        for name in CASES
         for dtype in (torch.float64, torch.float32)
     }
+    return run_cases(largest_difference, replicas, cases, timeout_s=280)
+
+
+def farthest(run: Trajectory, exact: Trajectory) -> float:
+    """As `largest_difference` measures it."""
+    return max(
+        float(((run[name] - one).abs().flatten(2).amax(2) / one.abs().flatten(2).amax(2)).max())
+        for name, one in exact.items()
+    )
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("replicas", [1, 2, 4])
-def test_every_mode_follows_the_reference(replicas: int) -> None:
-    for differences in run_ranks(all_differences, replicas, timeout_s=240):
-        for (name, dtype), difference in differences.items():
-            tolerance = 1e-6 if dtype == "torch.float64" else 1e-5
-            assert difference < tolerance, f"{name} in {dtype}: {difference:.1e}"
+def test_every_mode_follows_the_reference(replicas: int, case: str) -> None:
+    found = all_differences(replicas)
+    assert max(found[case, torch.float64]) < 1e-6
+    limit, worst = 1e-5, max(found[case, torch.float32])
+    if worst > limit:
+        limit = fp32_limit(farthest, settings_of(case), problems.facts(), replicas, steps=STEPS)
+    assert worst < limit, f"{worst:.1e}, not below {limit:.1e}"
