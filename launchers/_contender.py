@@ -26,7 +26,6 @@ class Contender:
     """One optimizer with a model of its own, and what its rounds showed, in seconds."""
 
     engine: Any
-    mpu: Any
     state_bytes: dict[str, int] = field(default_factory=dict)
     peak_bytes: int | None = None
     losses: list[float] = field(default_factory=list)

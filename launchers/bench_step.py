@@ -99,7 +99,7 @@ def run_part(args: argparse.Namespace) -> None:
 
 
 def deepspeed_configs(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Settings by contender. DeepSpeed's own optimizers come first: LoRDO refuses to have them built after it."""
+    """Settings by contender."""
     lordo = {"lr": LR, "rank": RANK, "sync_interval": args.steps // 2, "replica_size": "all"}
     adamw = {"lr": LR, "weight_decay": 0.0, "torch_adam": not deepspeed_adam_builds()}
     optimizers: dict[str, dict[str, Any]] = {
@@ -139,7 +139,6 @@ def warmed_up(model: GptConfig, config: dict[str, Any], batch: dict[str, Any], b
     """Build the engine, take its first steps and a sync; the peak is of memory beyond what was in use before."""
     import deepspeed
     import torch
-    from deepspeed.utils import groups
 
     import lordo_ds
 
@@ -149,7 +148,7 @@ def warmed_up(model: GptConfig, config: dict[str, Any], batch: dict[str, Any], b
     parameters = list(module.parameters())
     client = None if "optimizer" in config else torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
     engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, optimizer=client, config=config)
-    one = Contender(engine, groups.mpu)
+    one = Contender(engine)
     for _ in range(WARM_UP_STEPS):
         train_step(one, batch)
     hook = lordo_ds.hook(engine)
@@ -161,9 +160,6 @@ def warmed_up(model: GptConfig, config: dict[str, Any], batch: dict[str, Any], b
 
 
 def train_step(one: Contender, batch: dict[str, Any]) -> None:
-    from deepspeed.utils import groups
-
-    groups.mpu = one.mpu  # DeepSpeed has one per process, and reads it at every step
     total, count = loss_sums(one.engine, batch)
     loss = total / count
     one.engine.backward(loss)

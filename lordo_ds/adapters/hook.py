@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.utils import groups as deepspeed_groups
 
 from lordo_ds.adapters import stage0
 from lordo_ds.adapters.checkpoints import keep_replicas_apart
 from lordo_ds.adapters.equalise import equalise_untrained
+from lordo_ds.adapters.global_mpu import lend_to_engine, taken_from, users_mpu
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.saved_files import tell_header
@@ -41,12 +41,6 @@ logger = logging.getLogger("lordo_ds")
 
 DEEPSPEED_VERSION = "DeepSpeed 0.19.8"
 _HOOK = "_lordo_hook"
-_live: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def live_engines() -> list[Any]:
-    """LoRDO engines that still exist in this process."""
-    return list(_live)
 
 
 def hook(engine: Any) -> EngineHook | None:
@@ -74,7 +68,6 @@ class EngineHook(RunHandle):
         hook = cls(engine, groups)
         setattr(engine, _HOOK, hook)
         hook._attach_optimizer(engine)
-        _live.add(engine)
         hook._replace_methods(engine)
         if training_data is not None:
             engine.training_data = training_data
@@ -168,10 +161,8 @@ class EngineHook(RunHandle):
         def and_forget(destroy: Any) -> Any:
             @functools.wraps(destroy)
             def release() -> None:
-                _live.discard(engine)
                 hook.optimizer.watchdog.stop()
-                if deepspeed_groups.mpu is engine.mpu:
-                    deepspeed_groups.mpu = None
+                taken_from(users_mpu(engine))
                 if is_pipeline(engine):
                     give_grid_back(engine.module)
                 destroy()
@@ -187,6 +178,7 @@ class EngineHook(RunHandle):
             ("offload_states", ("include", "device"), _refuse_offload_states),
         ):
             replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
+        lend_to_engine(engine, DEEPSPEED_VERSION)
         keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
         stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
         if is_pipeline(engine):

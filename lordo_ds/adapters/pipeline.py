@@ -19,7 +19,6 @@ from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from lordo_ds.adapters.patching import check_parameters, replace_method
@@ -58,13 +57,11 @@ class ReplicaGrid(DataParallelOfReplica, PipelineParallelGrid):
 @contextmanager
 def replica_grid(given: dict[str, Any], groups: ReplicaGroups) -> Iterator[None]:
     """Give the engine that is being built from `given` the replica's grid; taken back if building it fails."""
-    module, before = given["model"], deepspeed_groups.mpu
+    module = given["model"]
     given["mpu"] = module._grid = ReplicaGrid(module._grid, groups)
     try:
         yield
     except BaseException:
-        if deepspeed_groups.mpu is module._grid:
-            deepspeed_groups.mpu = before
         give_grid_back(module)
         raise
 

@@ -20,15 +20,14 @@ from deepspeed.runtime import config as deepspeed_config
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.utils import groups as deepspeed_groups
 
-from lordo_ds.adapters.hook import DEEPSPEED_VERSION, EngineHook, live_engines
+from lordo_ds.adapters.global_mpu import left_to, lent
+from lordo_ds.adapters.hook import DEEPSPEED_VERSION, EngineHook
 from lordo_ds.adapters.patching import MethodPatch, PatchError
 from lordo_ds.adapters.pipeline import batch_of_replica, count_all_samples, is_pipeline, replica_grid
-from lordo_ds.adapters.replica_mpu import DataParallelOfReplica, ReplicaMPU
+from lordo_ds.adapters.replica_mpu import ReplicaMPU
 from lordo_ds.adapters.support import replica_groups_for, requested_optimizer
 from lordo_ds.adapters.zero_init import zero_init_patches
-from lordo_ds.config import ConfigError
 from lordo_ds.optimizer import LoRDO
 
 TYPE_NAME = "lordo"
@@ -97,7 +96,6 @@ def _wrap_init(original: Any) -> Any:
             return
         settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
         if settings is None:
-            _leave_no_replica_mpu_behind()
             original(self, args, model, **given)
             return
         groups = replica_groups_for(settings, config, model, mpu, given.get("mesh_device"))
@@ -106,9 +104,11 @@ def _wrap_init(original: Any) -> Any:
         given["mpu"] = ReplicaMPU(groups, mpu)
         if isinstance(user_config, dict):
             given["config"] = _for_one_replica(user_config, config, groups.layout.replica_size)
-        original(self, args, model, **given)
-        self.config = user_config
-        EngineHook.attach(self, groups, training_data)
+        with lent(given["mpu"]):
+            original(self, args, model, **given)
+            self.config = user_config
+            EngineHook.attach(self, groups, training_data)
+        left_to(mpu)
 
     return init
 
@@ -120,18 +120,18 @@ def _wrap_pipeline_init(original: Any) -> Any:
         config, grid = given.get("config_class"), given.get("mpu")
         settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
         if settings is None:
-            _leave_no_replica_mpu_behind()
             original(self, has_bool_tensors, **given)
             return
         groups = replica_groups_for(settings, config, given["model"], grid)
         _adopt_client_optimizer(given)
         training_data = given.pop("training_data", None)
-        with replica_grid(given, groups):
+        with replica_grid(given, groups), lent(given["mpu"]):
             with batch_of_replica(config, groups):
                 original(self, has_bool_tensors, **given)
             count_all_samples(self)
             # Only now: the constructor of the base class returns before the pipeline stands.
             EngineHook.attach(self, groups, training_data)
+        left_to(grid)
 
     return init
 
@@ -153,15 +153,3 @@ def _for_one_replica(user_config: dict[str, Any], resolved: Any, replica_size: i
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": micro * accumulation * replica_size,
     }
-
-
-def _leave_no_replica_mpu_behind() -> None:
-    """DeepSpeed keeps the mpu in a global; an engine made after ours would reduce over one replica only."""
-    if not isinstance(deepspeed_groups.mpu, DataParallelOfReplica):
-        return
-    if live_engines():
-        raise ConfigError(
-            "LoRDO: an engine with another optimizer cannot be created while a LoRDO engine lives, because DeepSpeed "
-            "keeps one data-parallel group per process: call destroy() on the LoRDO engine and drop it first"
-        )
-    deepspeed_groups.mpu = None

@@ -623,20 +623,3 @@ def test_what_is_not_supported_is_refused_in_one_line(case: str) -> None:
     import re
 
     assert re.search(message, found), found
-
-
-def second_engine() -> tuple[str, bool]:
-    ours = make_engine(settings())
-    plain = settings()
-    plain["optimizer"] = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
-    message = refusal(plain)
-    ours.destroy()
-    del ours
-    engine = make_engine(plain)
-    return message, engine.dp_world_size == dist.get_world_size()
-
-
-def test_an_engine_with_another_optimizer_never_inherits_the_replica_as_its_data_parallel_group() -> None:
-    for message, whole_world in run_ranks(second_engine, 2):
-        assert "while a LoRDO engine lives" in message
-        assert whole_world
