@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class Heartbeat(threading.Thread):
         self.heard = 0
         self.error = self.verdict = ""
         self.holds_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self.at_end: Callable[[], object] = lambda: None  # called by the thread, when it has ended in order
         self._ending = self._leaving = False
         self._wake, self._quit, self._lock = threading.Event(), threading.Event(), threading.Lock()
         store: Any = distributed_c10d._get_default_store()
@@ -84,12 +86,18 @@ class Heartbeat(threading.Thread):
                 self._wake.wait(self.beat_s)
                 self._wake.clear()
             last = self._exchange(last)
+            pause = 0.05  # the others mostly end within moments
             while self.holds_store and not (self._quit.is_set() or self._others_ended()):
-                self._wake.wait(min(0.1, self.beat_s) if self._leaving else self.beat_s)
+                self._wake.wait(min(0.1 if self._leaving else pause, self.beat_s))
                 self._wake.clear()
+                pause *= 2
                 last = self._exchange(last)
         except Exception as error:  # of whatever kind the store raises: the run may end well without it
             self.error = str(error).partition("\n")[0] or type(error).__name__
+        finally:
+            del self._store  # with its connection: this object may outlive the thread by far
+            if self._ending:
+                self.at_end()
 
     def _others_ended(self) -> bool:
         return all(peer.ended or peer.is_lost(self.process) for peer in self.peers)

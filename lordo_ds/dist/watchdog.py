@@ -74,6 +74,7 @@ class Watchdog(Unwatched):
         self._judge = threading.Thread(target=self._watch, name="lordo-watchdog", daemon=True)
         # Unlike atexit, this runs in the children of multiprocessing too.
         self._at_exit = Finalize(None, self._leave, exitpriority=100)
+        self._heartbeat.at_end = self._at_exit.cancel  # nothing is left to do: it would only keep this object
         self._heartbeat.start()
         self._judge.start()
 
