@@ -22,6 +22,7 @@ from lordo_ds.adapters.saved_files import tell_header
 from lordo_ds.adapters.support import check_engine
 from lordo_ds.adapters.zero import (
     flat_tensors,
+    gather_again_what_was_gathered,
     gradient_bytes,
     refresh_low_precision,
     shard_groups,
@@ -110,6 +111,7 @@ class EngineHook(RunHandle):
         with stepped_tensors_in_groups(engine):
             self.optimizer.attach(flats, wire, inside, tied)
         tell_header(engine, groups, facts, trained)
+        gather_again_what_was_gathered(engine, DEEPSPEED_VERSION)
         refresh_low_precision(engine)
 
     # -- what users and the training script read -----------------------------------------------------

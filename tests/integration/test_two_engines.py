@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import threading
 from typing import Any
 
 import deepspeed
@@ -132,3 +135,28 @@ def all_teachers() -> dict[str, tuple[bool, bool]]:
 def test_a_frozen_engine_beside_is_left_alone() -> None:
     for found in run_ranks(all_teachers, 2):
         assert all(learns and stays for learns, stays in found.values()), found
+
+
+def made_and_destroyed() -> tuple[list[int], list[int]]:
+    """Open descriptors and threads after each of ten engines; a clone of the TCP store is a connection."""
+    dist.init_process_group("gloo", init_method="env://")
+    descriptors, threads = [], []
+    for _ in range(10):
+        engine = engine_of("LoRDO", 1)
+        train(engine, 1)
+        engine.destroy()
+        del engine
+        gc.collect()
+        dist.barrier()
+        descriptors.append(len(os.listdir("/proc/self/fd")))
+        threads.append(threading.active_count())
+    return descriptors, threads
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts descriptors in /proc")
+def test_descriptors_and_threads_do_not_grow_with_engines_made_and_destroyed() -> None:
+    """Three descriptors an engine on rank 0, one on the others: the watchdog's exit handler kept the store's clone."""
+    for descriptors, threads in run_ranks(made_and_destroyed, 2, init_process_group=False):
+        # Rank 0's last heartbeats may still wait for the others to read theirs: a connection has two ends there.
+        assert max(descriptors[5:]) <= descriptors[0] + 6, descriptors
+        assert max(threads[5:]) <= threads[0] + 2, threads
