@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from lordo_ds.adapters.agreement import agreed
+from lordo_ds.adapters.model_check import check_masters, check_model, leave_what_was_not_saved
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import is_pipeline, save_first_replica_only
 from lordo_ds.adapters.zero import stepped_tensors_in_groups
@@ -42,12 +44,15 @@ from lordo_ds.checkpoint.files import (
     write_complete,
     write_text,
 )
+from lordo_ds.checkpoint.finite import NotFinite, not_finite, replicas_to_reseed
 from lordo_ds.checkpoint.layout import CheckpointError, refuse_differences
-from lordo_ds.checkpoint.native import optimizer_files, read_part, replica_numbers
+from lordo_ds.checkpoint.native import SavedPart, optimizer_files, read_part, replica_numbers
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.rng import rng_state, set_rng_state
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.optimizer import LoRDO
+
+logger = logging.getLogger("lordo_ds")
 
 RANKS = "ranks.pt"  # what each rank keeps for itself: random generators, rows that wait for a sync
 _CLASSES = {
@@ -85,6 +90,11 @@ def keep_replicas_apart(engine: Any, groups: ReplicaGroups, restart: Callable[[]
         for method, parameters in _LAYER_FILES:
             replace_method(engine, method, parameters, functools.partial(_in_folder, engine, folder), version)
         save_first_replica_only(engine, groups.replica_index, version)
+    else:  # a pipeline's loads synchronise tied weights
+        method, parameters = _LAYER_FILES[1]
+        replace_method(engine, method, parameters, functools.partial(leave_what_was_not_saved, engine=engine), version)
+        replace_method(engine, "_load_checkpoint", ("load_dir", "tag"), _on_all_ranks, version)
+    replace_method(engine, "_load_zero_checkpoint", ("load_dir", "tag"), _on_all_ranks, version)
     replace_method(engine.checkpoint_engine, "load", ("path", "map_location"), _without_code, version)
     replace_method(engine, "save_checkpoint", _SAVE, functools.partial(_whole_or_not, engine, groups), version)
     loaded = functools.partial(_checked_first, engine, groups, restart)
@@ -234,7 +244,13 @@ def _checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], Non
         if tag is None:
             return original(*args, **kwargs)  # DeepSpeed warns, and returns nothing
         asked["tag"] = tag
-        agreed(lambda: _check(engine, groups, Path(asked["load_dir"]), tag, weights_only))
+        strict = asked.get("load_module_strict", True)
+        notes, spoilt = agreed(
+            lambda: _check(
+                engine, groups, Path(asked["load_dir"]), tag, strict, weights_only, asked.get("custom_load_fn")
+            )
+        )
+        tell(Path(asked["load_dir"], tag), notes, spoilt, groups.layout.replica_count, weights_only)
         if weights_only or not _keeps_states_apart(engine):
             path, client_state = original(**asked)
         else:
@@ -263,8 +279,48 @@ def common_tag(load_dir: str | Path, tag: str | None) -> str | None:
     return tags[0]
 
 
-def _check(engine: Any, groups: ReplicaGroups, load_dir: Path, tag: str, weights_only: bool) -> None:
+def tell(folder: Path, notes: list[str], spoilt: list[NotFinite], replicas: int, weights_only: bool = False) -> None:
+    """Say what a load leaves as it is, and which replicas the next sync will reseed. Collective over all ranks.
+
+    Args:
+        notes, spoilt: what this rank found.
+
+    Raises:
+        CheckpointError: what is not finite cannot be mended by a sync.
+    """
+    found = of_all_ranks((notes, spoilt))
+    # Without states every replica gets the weights of the first.
+    everything = [one for _, some in found for one in some if not weights_only or one.replica == 0]
+    reseeded = replicas_to_reseed(everything, 1 if weights_only else replicas, str(folder))
+    if dist.get_rank() == 0:
+        for note in sorted({one for some, _ in found for one in some}):
+            logger.warning("LoRDO: %s: it is left as it is", note)
+        if reseeded:
+            logger.warning(
+                "LoRDO: %s: replicas %s are not finite: the next sync leaves them out and gives them the state of the "
+                "others",
+                folder,
+                reseeded,
+            )
+
+
+def _check(
+    engine: Any,
+    groups: ReplicaGroups,
+    load_dir: Path,
+    tag: str,
+    strict: bool,
+    weights_only: bool,
+    users_load: Any = None,
+) -> tuple[list[str], list[NotFinite]]:
     """Everything that this rank's load could stumble over.
+
+    Args:
+        strict: the model must have the names that were saved, and no others.
+        users_load: loads the model in place of DeepSpeed; it may expect other names and shapes.
+
+    Returns:
+        (what will be left as it is, in words; what is not finite of this rank's).
 
     Raises:
         CheckpointError: the checkpoint cannot be loaded.
@@ -294,11 +350,26 @@ def _check(engine: Any, groups: ReplicaGroups, load_dir: Path, tag: str, weights
     for name in share:
         if name.endswith(".pt"):
             read_saved(folder / name, _CLASSES)  # maps it: what it may not hold shows before anything is changed
-    if not weights_only:
-        _check_state(engine, load_dir, tag, folder / mine)
+    part = None if weights_only else _check_state(engine, load_dir, tag, folder / mine)
+    notes = [] if users_load else check_model(engine, load_dir, tag, strict, weights_only)
+    return notes, _not_finite(engine, groups.replica_index, Path(engine._get_ckpt_name(str(load_dir), tag)), part)
 
 
-def _check_state(engine: Any, load_dir: Path, tag: str, folder: Path) -> None:
+def _not_finite(engine: Any, replica: int, model_file: Path, part: SavedPart | None) -> list[NotFinite]:
+    """Of what this rank will load: the weights that are trained, and their states."""
+    found: list[NotFinite] = []
+    if part is None:
+        module = {} if is_pipeline(engine) else read_saved(model_file, _CLASSES)["module"]
+        for name in sorted(module.keys() & {plan.name for plan in engine.basic_optimizer.plans}):
+            found += not_finite(replica, name, {"weight": module[name]})
+        return found
+    model = read_saved(model_file, _CLASSES) if part.masters is None else {}
+    for layout in part.header.fragments:
+        found += not_finite(replica, layout.name, {"weight": part.weight(layout, model), **part.state(layout)})
+    return found
+
+
+def _check_state(engine: Any, load_dir: Path, tag: str, folder: Path) -> SavedPart:
     """The optimizer's state that this rank will load fits, tensor for tensor."""
     own = Path(engine._get_ckpt_name(str(load_dir), tag))
     if engine.zero_optimization() or _keeps_states_apart(engine):
@@ -312,9 +383,8 @@ def _check_state(engine: Any, load_dir: Path, tag: str, folder: Path) -> None:
         part = read_part(own)
         refuse_differences(part.header, optimizer.header(), str(own))
         optimizer.check_state_dict(part.base)
-    if part.masters is not None:
-        for layout in part.header.fragments:
-            part.weight(layout, {})
+    check_masters(engine, part)
+    return part
 
 
 def restore_rank(folder: Path, groups: ReplicaGroups, optimizer: LoRDO) -> None:
@@ -324,9 +394,19 @@ def restore_rank(folder: Path, groups: ReplicaGroups, optimizer: LoRDO) -> None:
     if set(saved) != set(map(tuple, places)):
         return
     mine = saved[tuple(places[dist.get_rank()])]
-    set_rng_state(mine["rng"])
+    agreed(lambda: set_rng_state(mine["rng"]), of_others=True)
     assert optimizer.sync is not None
     optimizer.sync.rows.pending = [list(row) for row in mine["rows"]]
+
+
+def _on_all_ranks(original: Any) -> Any:
+    """A step of DeepSpeed's load that does not communicate: where it fails on one rank, all raise."""
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> Any:
+        return agreed(lambda: original(*args, **kwargs), of_others=True)
+
+    return load
 
 
 def _keeps_states_apart(engine: Any) -> bool:

@@ -41,7 +41,7 @@ def save_checkpoint(engine: Any, save_dir: str, tag: str | None = None, **option
 
 
 def load_checkpoint(
-    engine: Any, load_dir: str, tag: str | None = None, *, reshape: bool = False, **options: Any
+    engine: Any, load_dir: str, tag: str | None = None, *, reshape: bool = False, strict: bool = True, **options: Any
 ) -> tuple[str | None, Any]:
     """`engine.load_checkpoint` of what `save_checkpoint` wrote.
 
@@ -49,10 +49,13 @@ def load_checkpoint(
         reshape: load what was saved with another number of replicas or shards, ZeRO stage, TP or PP size, precision or
             rank, or a portable checkpoint; exact, but for a number of replicas that changes between syncs (they start
             from the mean) and a rank that changes. Random generators go on only where the replicas are as many.
+        strict: frozen parameters and buffers that are missing in the checkpoint, or not in the model, are refused;
+            otherwise the log says which, and they stay as they are (without `reshape`, all parameters: DeepSpeed's
+            `load_module_strict`). Other shapes are refused in any case.
     """
     found = _require_hook(engine)
     if not reshape:
-        return engine.load_checkpoint(load_dir, tag=tag, **options)
+        return engine.load_checkpoint(load_dir, tag=tag, **{"load_module_strict": strict, **options})
     if options:
         raise ValueError(f"LoRDO: load_checkpoint(reshape=True) takes no {sorted(options)[0]!r}: leave it out")
-    return load_reshaped(engine, found.groups, load_dir, tag)
+    return load_reshaped(engine, found.groups, load_dir, tag, strict)

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lordo_ds.adapters.agreement import agreed
-from lordo_ds.adapters.checkpoints import common_tag, restore_rank
-from lordo_ds.adapters.saved_files import saved_buffers
+from lordo_ds.adapters.checkpoints import common_tag, restore_rank, tell
+from lordo_ds.adapters.untrained import Untrained, check_untrained, fill_untrained
 from lordo_ds.adapters.zero import refresh_low_precision, stepped_tensors_in_groups
 from lordo_ds.checkpoint.files import verify
+from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.layout import CheckpointError, Header
 from lordo_ds.checkpoint.native import NativeRun, replica_numbers
 from lordo_ds.checkpoint.open import open_run
@@ -23,8 +23,6 @@ from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, cut
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.reshape import ReshapedRun, check_settings, with_rank
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
-from lordo_ds.core.grouping import model_facts
-from lordo_ds.core.slices import cut_slice
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.optimizer import LoRDO
@@ -33,11 +31,15 @@ logger = logging.getLogger("lordo_ds")
 
 
 def load_reshaped(
-    engine: Any, groups: ReplicaGroups, load_dir: str | Path, tag: str | None = None
+    engine: Any, groups: ReplicaGroups, load_dir: str | Path, tag: str | None = None, strict: bool = True
 ) -> tuple[str, dict[str, Any]]:
     """Load a checkpoint of any replica count, shard count, ZeRO stage, TP, PP, precision and rank. Collective.
 
     Everything is checked on all ranks before anything is changed.
+
+    Args:
+        strict: frozen parameters and buffers must have the names that were saved; otherwise the differences are said
+            in the log, and stay as they are.
 
     Returns:
         (its directory, the client state that one of its replicas saved).
@@ -56,15 +58,22 @@ def load_reshaped(
         here = optimizer.header()
     agreed(lambda: verify(folder, dist.get_rank(), dist.get_world_size()))
     run = agreed(lambda: ReshapedRun(open_run(folder, check=False), groups.layout.replica_count))
-    known = {name for names in of_all_ranks([fragment.name for fragment in here.fragments]) for name in names}
+    trained = {fragment.name for fragment in here.fragments}
+    untrained = Untrained.of(engine, groups, trained)
+    each = of_all_ranks((trained, untrained.names))
+    known, known_untrained = (set().union(*names) for names in zip(*each, strict=True))
     agreed(lambda: _check(run, here, known, folder))
-    agreed(lambda: [run.check_state(layout.name, groups.replica_index) for layout in here.fragments])
+    agreed(lambda: _check_states(run, here, groups.replica_index))
+    saved = agreed(lambda: run.untrained(groups.replica_index))
+    left = agreed(lambda: check_untrained(untrained, saved, known_untrained, folder, strict))
+    spoilt = agreed(lambda: _not_finite(run, groups))
+    tell(folder, left, spoilt, run.replicas)
     state = agreed(lambda: run.engine_state(groups.replica_index))
     with stepped_tensors_in_groups(engine):
         _fill_optimizer(optimizer, run, here, groups.replica_index)
         _fill_groups(optimizer, state)
     optimizer.restore_counters(run.counters(groups.replica_index), run.bytes_sent(groups.replica_index), run.rows())
-    _fill_untrained(engine, groups, run)
+    fill_untrained(untrained, saved, groups)
     _fill_engine(engine, state)
     refresh_low_precision(engine)
     if isinstance(run.run, NativeRun):
@@ -110,6 +119,19 @@ def _check(run: SavedRun, here: Header, known: set[str], folder: Path) -> None:
                 )
 
 
+def _check_states(run: ReshapedRun, here: Header, replica: int) -> None:
+    for layout in here.fragments:
+        run.check_state(layout.name, replica)
+
+
+def _not_finite(run: ReshapedRun, groups: ReplicaGroups) -> list[NotFinite]:
+    """Of what this replica will take; its ranks share the parameters out, each is read once for this."""
+    inside = dist.get_process_group_ranks(groups.inside)
+    names = sorted(run.parameters)[inside.index(dist.get_rank()) :: len(inside)]
+    replica = groups.replica_index
+    return [one for name in names for one in not_finite(replica, name, run.state(name, replica))]
+
+
 # -- filling -----------------------------------------------------------------------------------------
 
 
@@ -146,34 +168,6 @@ def _fill_groups(optimizer: LoRDO, state: EngineState) -> None:
     if len(state.param_groups) == len(optimizer.param_groups):
         for group, saved in zip(optimizer.param_groups, state.param_groups, strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
-
-
-@torch.no_grad()
-def _fill_untrained(engine: Any, groups: ReplicaGroups, run: SavedRun) -> None:
-    """Frozen parameters and buffers."""
-    saved = run.untrained(groups.replica_index)
-    if not saved:
-        return
-    slice_index = dist.get_rank(groups.tensor)
-    for parameter, fact in model_facts(engine.module, groups.tensor_size).items():
-        if fact.name in saved:
-            dim = fact.partition_dim if fact.partitions > 1 else None
-            whole = cut_slice(saved[fact.name], dim, fact.partition_stride, slice_index, fact.partitions)
-            _fill_frozen(parameter, whole, groups)
-    for name, buffer in saved_buffers(engine.module).items():
-        if name in saved and saved[name].shape == buffer.shape:
-            buffer.copy_(saved[name])
-
-
-def _fill_frozen(parameter: Any, whole: Tensor, groups: ReplicaGroups) -> None:
-    """At stage 3 it is the partition that is kept; a gathered copy is stale until the next refresh."""
-    partition = getattr(parameter, "ds_tensor", None)
-    if partition is None:
-        parameter.data.copy_(whole)
-        return
-    size, flat = partition.numel(), whole.reshape(-1)
-    mine = flat[groups.shard_index * size : (groups.shard_index + 1) * size]
-    partition.data.view(-1)[: mine.numel()].copy_(mine)
 
 
 def _fill_engine(engine: Any, state: EngineState) -> None:

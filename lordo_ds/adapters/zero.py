@@ -91,7 +91,8 @@ def _stepped_tensors(engine: Any) -> list[_Stepped]:
             f"LoRDO: DeepSpeed wraps the optimizer in {type(engine.optimizer).__name__}, which is not supported in "
             "this version: use stage 0, 1, 2 or 3 in fp32, bf16 or fp16 without MoE, ZenFlow, SuperOffload or NVMe"
         )
-    return layout(engine.optimizer)
+    found: list[_Stepped] = layout(engine.optimizer)
+    return found
 
 
 # -- the layouts -------------------------------------------------------------------------------------
@@ -221,6 +222,11 @@ def _full_shape(parameter: nn.Parameter) -> Sequence[int]:
 
 
 # -- what else must be known of the wrappers ---------------------------------------------------------
+
+
+def stepped_tensors(engine: Any) -> list[Tensor]:
+    """What the engine's base optimizer steps, in the order in which DeepSpeed saves it."""
+    return [one.tensor for one in _stepped_tensors(engine)]
 
 
 def shard_groups(engine: Any) -> list[dist.ProcessGroup]:

@@ -49,15 +49,28 @@ class SavedPart:
         if self.masters is not None:
             if layout.tensor >= len(self.masters):
                 raise CheckpointError(f"LoRDO: {self.path} has no weights of {layout.name}: it is damaged")
-            flat = self.masters[layout.tensor].detach().reshape(-1)
-            found = flat[layout.offset : layout.offset + stop - start]
+            master = self.masters[layout.tensor].detach()
+            self._check_whole(master if master.dim() > 1 else None, layout)
+            found = master.reshape(-1)[layout.offset : layout.offset + stop - start]
         else:
-            found = self._in_model(layout.name, model).detach().reshape(-1)
+            whole = self._in_model(layout.name, model).detach()
+            self._check_whole(whole, layout)
+            found = whole.reshape(-1)
+        if not found.is_floating_point():
+            raise CheckpointError(f"LoRDO: {self.path}: the weight of {layout.name} is {found.dtype}: it is damaged")
         if found.numel() != stop - start:
             raise CheckpointError(
                 f"LoRDO: {self.path} holds {found.numel()} elements of {layout.name}, not {stop - start}: it is damaged"
             )
         return found
+
+    def _check_whole(self, weight: Tensor | None, layout: FragmentLayout) -> None:
+        """One that is kept in its shape must have it: a transposed one has as many elements."""
+        if weight is not None and tuple(weight.shape) != layout.shape:
+            raise CheckpointError(
+                f"LoRDO: {self.path}: the weight of {layout.name} is {tuple(weight.shape)}, not {layout.shape}: it is "
+                "damaged"
+            )
 
     def _in_model(self, name: str, model: Mapping[str, Any]) -> Tensor:
         found = self.entry(name, model)
@@ -82,7 +95,7 @@ class _Replica:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        parts = [part for path in optimizer_files(folder) if (part := read_part(path)) is not None]
+        parts = [read_part(path) for path in optimizer_files(folder)]
         if not parts:
             raise CheckpointError(f"LoRDO: {folder} holds no state of a LoRDO optimizer")
         self.parts = {part.header.mesh.inside: part for part in parts}
@@ -305,8 +318,12 @@ def _model_file(optimizer_file: Path) -> Path:
     return optimizer_file.with_name("mp_rank_" + name.partition("mp_rank_")[2].replace("_optim_", "_model_"))
 
 
-def read_part(path: Path) -> SavedPart | None:
-    """The optimizer's state in a file; None where there is none of LoRDO."""
+def read_part(path: Path) -> SavedPart:
+    """The optimizer's state in a file.
+
+    Raises:
+        CheckpointError: there is none of LoRDO.
+    """
     found = _mapping(read_saved(path), path)
     if path.name.endswith("_optim_states.pt"):
         wrapper = _mapping(found.get("optimizer_state_dict"), path)
@@ -343,10 +360,18 @@ def _untrained(replica: _Replica, stage: int, index: int, one: Untrained) -> Ten
     fragments = model.get("frozen_param_fragments") or {}
     if part.header.engine.zero_stage < 3 or one.name not in fragments:
         found = part.entry(one.name, model)
-        return found if found is not None and tuple(found.shape) == one.shape else None
+        if found is not None and tuple(found.shape) != one.shape:
+            raise CheckpointError(
+                f"LoRDO: {part.path}: {one.name} is {tuple(found.shape)}, not {one.shape}: it is damaged"
+            )
+        return found
     shards = replica.first.header.mesh.shards
     models = [read_saved(_model_file(replica.parts[stage, index, shard].path)) for shard in range(shards)]
-    flat = torch.cat([found["frozen_param_fragments"][one.name].reshape(-1) for found in models])
+    pieces = [_mapping(found.get("frozen_param_fragments"), part.path).get(one.name) for found in models]
+    size = torch.Size(one.shape).numel()
+    if not all(isinstance(piece, Tensor) for piece in pieces) or sum(piece.numel() for piece in pieces) < size:  # type: ignore[union-attr]
+        raise CheckpointError(f"LoRDO: {part.path.parent}: the shards of {one.name} do not make it up: it is damaged")
+    flat = torch.cat([piece.reshape(-1) for piece in pieces])  # type: ignore[union-attr]
     return flat[: torch.Size(one.shape).numel()].view(one.shape)
 
 

@@ -106,8 +106,14 @@ def check_part(saved: Mapping[str, Any], place: Place, where: str) -> None:
                 raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is {value!r}: it is damaged")
             continue
         wanted = part_shape(key, place)
-        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.numel() != torch.Size(wanted).numel():
+        found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        # Flat ones may be kept in the parameter's shape. A transposed one has as many elements.
+        shapes = (wanted, layout.shape) if place.span(key)[0] < 0 else (wanted,)
+        if (
+            not isinstance(value, Tensor)
+            or not value.is_floating_point()
+            or (tuple(value.shape) not in shapes or value.numel() != torch.Size(wanted).numel())
+        ):
             raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is {found}, not {wanted}: it is damaged")
 
 
