@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lordo_ds.checkpoint.finite import not_finite
 from lordo_ds.checkpoint.layout import (
     STATE_FORMAT,
     CheckpointError,
@@ -27,6 +28,7 @@ from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
+from lordo_ds.dist.agreement import agreed, reseeded_later
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
@@ -463,19 +465,31 @@ class LoRDO(torch.optim.Optimizer):
         Raises:
             CheckpointError: it cannot; the message says what differs.
         """
-        ours = Header.of(state_dict, "this optimizer state")
         if self.sync is not None:
+            ours = Header.of(state_dict, "this optimizer state")
             self._check_fits(ours, state_dict)
             return ours
         if self.managed:
             raise ValueError("LoRDO: load the state after deepspeed.initialize, through the engine")
+        # Attaching is collective: all ranks resume, or none does.
+        ours = agreed(lambda: Header.of(state_dict, "this optimizer state"))
         self._attach_alone(resuming=bool(ours.fragments))
         try:
-            self._check_fits(ours, state_dict)
+            agreed(lambda: self._check_fits(ours, state_dict))
+            self._check_finite(ours, state_dict)
         except CheckpointError:
             self._detach()
             raise
         return ours
+
+    def _check_finite(self, ours: Header, state_dict: dict[str, Any]) -> None:
+        assert self.sync is not None
+        wire, found = self.sync.wire, []
+        for fragment, saved in self._with_saved(state_dict) if ours.fragments else ():
+            found += not_finite(wire.index, fragment.plan.name, {"weight": fragment.weight, **saved})
+        reseeded = reseeded_later(found, wire.replicas, "the saved state")
+        if reseeded and wire.index == 0:
+            logger.warning("LoRDO: replicas %s were saved when not finite: the next sync reseeds them", reseeded)
 
     def _check_fits(self, ours: Header, state_dict: dict[str, Any]) -> None:
         names, saved_names = [plan.name for plan in self.plans], [fragment.name for fragment in ours.fragments]

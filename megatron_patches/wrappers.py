@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import chain, zip_longest
 from typing import Any
 
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from torch import Tensor
 
+from lordo_ds.checkpoint.layout import CheckpointError
+from lordo_ds.dist.agreement import agreed
 from lordo_ds.optimizer import LoRDO
 from megatron_patches.handle import TrainingHandle
 from megatron_patches.samples import SampleCheck
@@ -80,12 +84,36 @@ class EndsInASync:
         self.refresh_model()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What `state_dict` of the same rank gave; the weights of an fp32 model are loaded with the model."""
+        """What `state_dict` of the same rank gave; the weights of an fp32 model are loaded with the model.
+
+        Collective over all ranks: all load, or none does.
+
+        Raises:
+            CheckpointError: it does not fit; nothing is changed then.
+        """
+        agreed(lambda: self._check_state(state_dict))
         groups = (state_dict if "param_groups" in state_dict else state_dict["optimizer"])["param_groups"]
         super().load_state_dict(_shallow(state_dict))  # type: ignore[misc]
         # Megatron matches groups by four keys, which groups with learning rates of their own have in common.
         for group, saved in zip(self.param_groups, groups, strict=True):  # type: ignore[attr-defined]
             group.update({key: value for key, value in saved.items() if key != "params"})
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        """Megatron copies its fp32 weights one by one, as far as there are any, and broadcasts."""
+        self.optimizer.check_state_dict(  # type: ignore[attr-defined]
+            state_dict if "param_groups" in state_dict else state_dict.get("optimizer")
+        )
+        live = getattr(self, "fp32_from_float16_groups", None)
+        if live is None:
+            return
+        saved = state_dict.get("fp32_from_fp16_params", state_dict.get("fp32_from_fp16"))
+        theirs, ours = ([[_kind(one) for one in group] for group in groups or ()] for groups in (saved, live))
+        if theirs != ours:
+            odd = next(
+                (pair for pair in zip_longest(chain(*theirs), chain(*ours), fillvalue="none") if pair[0] != pair[1]),
+                (f"{len(theirs)} groups", f"{len(ours)} groups"),
+            )
+            raise CheckpointError(f"LoRDO: an fp32 weight is {odd[0]} in the saved state and {odd[1]} in this run")
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
@@ -100,6 +128,10 @@ class LordoFP32Optimizer(EndsInASync, FP32Optimizer):
 
 class LordoFloat16Optimizer(EndsInASync, Float16OptimizerWithFloat16Params):
     """Megatron's wrapper for bf16 and fp16 parameters with fp32 copies, with the sync."""
+
+
+def _kind(found: Any) -> str:
+    return f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
 
 
 def _shallow(state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -1,44 +1,5 @@
 """All ranks act on a checkpoint, or none does."""
 
-from __future__ import annotations
+from lordo_ds.dist.agreement import agreed
 
-from collections.abc import Callable
-from typing import TypeVar
-
-from lordo_ds.checkpoint.layout import CheckpointError
-from lordo_ds.config import ConfigError
-from lordo_ds.dist.groups import of_all_ranks
-
-_T = TypeVar("_T")
-_TOLD = (CheckpointError, ConfigError, OSError)
-
-
-def agreed(attempt: Callable[[], _T], *, of_others: bool = False) -> _T:
-    """What the attempt returns, on every rank; or its error on all of them if it fails on one. Collective over all.
-
-    The attempt itself must not communicate: one rank could fail before the others wait for it.
-
-    Args:
-        of_others: the attempt runs code of others, which may raise anything; by default only errors that users are
-            told of count, and ours are raised where they happen.
-
-    Raises:
-        CheckpointError: with the first rank's message.
-    """
-    result: _T | None = None
-    problem: str = ""
-    error: Exception | None = None
-    try:
-        result = attempt()
-    except _TOLD as caught:
-        problem, error = str(caught) or type(caught).__name__, caught
-    except Exception as caught:
-        if not of_others:
-            raise
-        problem, error = f"{type(caught).__name__}: {' '.join(str(caught).split())}", caught
-    first = next((one for one in of_all_ranks(problem) if one), "")
-    if problem and problem == first and isinstance(error, CheckpointError):
-        raise error
-    if first:
-        raise CheckpointError(first if first.startswith("LoRDO: ") else f"LoRDO: {first}") from error
-    return result  # type: ignore[return-value]
+__all__ = ["agreed"]

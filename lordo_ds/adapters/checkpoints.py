@@ -24,7 +24,6 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from lordo_ds.adapters.agreement import agreed
 from lordo_ds.adapters.model_check import check_masters, check_model, leave_what_was_not_saved
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import is_pipeline, save_first_replica_only
@@ -44,11 +43,12 @@ from lordo_ds.checkpoint.files import (
     write_complete,
     write_text,
 )
-from lordo_ds.checkpoint.finite import NotFinite, not_finite, replicas_to_reseed
+from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.layout import CheckpointError, refuse_differences
 from lordo_ds.checkpoint.native import SavedPart, optimizer_files, read_part, replica_numbers
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.rng import rng_state, set_rng_state
+from lordo_ds.dist.agreement import agreed, reseeded_later
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.optimizer import LoRDO
 
@@ -288,12 +288,12 @@ def tell(folder: Path, notes: list[str], spoilt: list[NotFinite], replicas: int,
     Raises:
         CheckpointError: what is not finite cannot be mended by a sync.
     """
-    found = of_all_ranks((notes, spoilt))
-    # Without states every replica gets the weights of the first.
-    everything = [one for _, some in found for one in some if not weights_only or one.replica == 0]
-    reseeded = replicas_to_reseed(everything, 1 if weights_only else replicas, str(folder))
+    if weights_only:  # every replica gets the weights of the first
+        spoilt, replicas = [one for one in spoilt if one.replica == 0], 1
+    reseeded = reseeded_later(spoilt, replicas, str(folder))
+    everyones = of_all_ranks(notes)
     if dist.get_rank() == 0:
-        for note in sorted({one for some, _ in found for one in some}):
+        for note in sorted({one for some in everyones for one in some}):
             logger.warning("LoRDO: %s: it is left as it is", note)
         if reseeded:
             logger.warning(

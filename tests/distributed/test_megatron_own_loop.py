@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lordo_ds import LordoConfig
+from lordo_ds import CheckpointError, LordoConfig
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
 from lordo_ds.core.schedule import sync_plan
@@ -168,6 +168,38 @@ def resumed(dtype: torch.dtype) -> tuple[list[tuple[int, dict[str, Tensor]]], li
         assert [row["loss"] for row in rows][-4:] == [5.5, 6.5, 7.5, 8.5], rows
         runs.append([*seen, (loop.optimizer.handle.bytes_sent, loop.weights())])
     return runs[0], runs[1]
+
+
+def misfits() -> list[str]:
+    """States that only rank 1 cannot load."""
+    start_megatron()
+    loop = Loop.of_toys(dtype=torch.bfloat16)
+    loop.step([given(1, dist.get_rank(), torch.bfloat16)], forward_toy)
+    before = loop.optimizer.state_dict()["fp32_from_fp16_params"][0][0].clone()
+    said = []
+    for forge in (
+        lambda state: state["fp32_from_fp16_params"][0].__setitem__(0, torch.ones(1)),
+        lambda state: state["fp32_from_fp16_params"][0].pop(),
+        lambda state: state["optimizer"].pop("lordo"),
+    ):
+        saved = io.BytesIO()
+        torch.save(loop.optimizer.state_dict(), saved)
+        saved.seek(0)
+        state = torch.load(saved, weights_only=True)
+        if dist.get_rank() == 1:
+            forge(state)
+        with pytest.raises(CheckpointError) as caught:
+            loop.optimizer.load_state_dict(state)
+        assert torch.equal(before, loop.optimizer.state_dict()["fp32_from_fp16_params"][0][0])
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_state_that_does_not_fit_one_rank_is_refused_on_all() -> None:
+    first, second = run_ranks(misfits, 2)
+    assert first == second
+    assert "an fp32 weight is (1,) torch.float32 in the saved state" in first[0]
+    assert "an fp32 weight is none" in first[1] and "was not saved by LoRDO" in first[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -68,3 +68,47 @@ def test_a_refused_state_changes_nothing_and_training_starts_as_without_it() -> 
     first, second = run_ranks(refused, 2)
     assert first["unchanged"] and second["unchanged"]
     assert torch.equal(first["weight"], second["weight"])
+
+
+def one_rank_refuses() -> dict[str, str]:
+    """A forged state on rank 1 only: what both ranks are told, and whether both can train then."""
+    rank, said = dist.get_rank(), {}
+    weight, optimizer = start(0)
+    train(weight, optimizer, 1, SAVED_AT)
+    weights = weight.detach().clone()
+
+    def state_of(forge: Any) -> dict[str, Any]:
+        state = copy.deepcopy(optimizer.state_dict())
+        if rank == 1:
+            forge(state, state["state"][0]["a.weight"])
+        return state
+
+    forged = {
+        "header": lambda state, _: state.pop("lordo"),
+        "shape": lambda _, entry: entry.update(exp_avg=entry["exp_avg"].t().contiguous()),
+        "dtype": lambda _, entry: entry.update(exp_avg=entry["exp_avg"].double()),
+        "anchor": lambda _, entry: entry["anchor"].fill_(float("nan")),
+    }
+    for name, forge in forged.items():
+        other, fresh = start(1)
+        with torch.no_grad():
+            other.copy_(weights)
+        with pytest.raises(CheckpointError) as caught:
+            fresh.load_state_dict(state_of(forge))
+        assert torch.equal(other, weights) and fresh.sync is None and not fresh.state
+        said[name] = str(caught.value)
+    other, fresh = start(1)
+    with torch.no_grad():
+        other.copy_(weights)
+    fresh.load_state_dict(state_of(lambda _, entry: entry["exp_avg"].fill_(float("nan"))))
+    train(other, fresh, SAVED_AT + 1, STEPS)
+    assert bool(torch.isfinite(other).all()), "the next sync reseeded it"
+    return said
+
+
+def test_a_state_that_one_rank_cannot_load_is_refused_on_all() -> None:
+    first, second = run_ranks(one_rank_refuses, 2)
+    assert first == second
+    assert "was not saved by LoRDO" in first["header"]
+    assert "exp_avg" in first["shape"] and "float64" in first["dtype"]
+    assert "'anchor' of a.weight is not finite in replica 1" in first["anchor"]

@@ -1,0 +1,60 @@
+"""All ranks act on a checkpoint, or none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from lordo_ds.checkpoint.finite import NotFinite, replicas_to_reseed
+from lordo_ds.checkpoint.layout import CheckpointError
+from lordo_ds.config import ConfigError
+from lordo_ds.dist.groups import of_all_ranks
+
+_T = TypeVar("_T")
+_TOLD = (CheckpointError, ConfigError, OSError)
+
+
+def agreed(attempt: Callable[[], _T], *, of_others: bool = False) -> _T:
+    """What the attempt returns, on every rank; or its error on all of them if it fails on one. Collective over all.
+
+    The attempt itself must not communicate: one rank could fail before the others wait for it.
+
+    Args:
+        of_others: the attempt runs code of others, which may raise anything; by default only errors that users are
+            told of count, and ours are raised where they happen.
+
+    Raises:
+        CheckpointError: with the first rank's message.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return attempt()
+    result: _T | None = None
+    problem: str = ""
+    error: Exception | None = None
+    try:
+        result = attempt()
+    except _TOLD as caught:
+        problem, error = str(caught) or type(caught).__name__, caught
+    except Exception as caught:
+        if not of_others:
+            raise
+        problem, error = f"{type(caught).__name__}: {' '.join(str(caught).split())}", caught
+    first = next((one for one in of_all_ranks(problem) if one), "")
+    if problem and problem == first and isinstance(error, CheckpointError):
+        raise error
+    if first:
+        raise CheckpointError(first if first.startswith("LoRDO: ") else f"LoRDO: {first}") from error
+    return result  # type: ignore[return-value]
+
+
+def reseeded_later(found: list[NotFinite], replicas: int, where: str) -> list[int]:
+    """The replicas that the next sync will reseed, from what each rank found not to be finite. Collective over all.
+
+    Raises:
+        CheckpointError: a sync cannot mend it.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return replicas_to_reseed(found, replicas, where)
+    return replicas_to_reseed([one for some in of_all_ranks(found) for one in some], replicas, where)
