@@ -17,6 +17,7 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
 import lordo_ds
@@ -297,6 +298,82 @@ def without_frozen(folder: str) -> dict[str, list[str]]:
 def test_a_save_without_frozen_parameters_loads_as_deepspeed_documents_it(saved: Path) -> None:
     for found in run_ranks(without_frozen, 2, str(saved)):
         assert all("has no 'frozen'" in message and "load_module_strict=False" in message for message in found.values())
+
+
+# -- pipelines -----------------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """A layer of a pipeline with a frozen parameter and a buffer."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8, bias=False)
+        self.frozen = nn.Parameter(torch.full((8,), value), requires_grad=False)
+        self.register_buffer("count", torch.full((2,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + self.frozen
+
+
+def pipeline_of(value: float, stage: int, dtype: str) -> Any:
+    module = PipelineModule(
+        layers=[LayerSpec(Shifted, value) for _ in range(4)],
+        num_stages=2,
+        loss_fn=lambda output, target: (output.float() - target.float()).square().mean(),
+        partition_method="uniform",
+    )
+    return make_engine(settings(dtype, zero_optimization={"stage": stage}), module)
+
+
+def train_pipeline(engine: Any, dtype: str) -> None:
+    x = torch.ones(1, 8, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    engine.train_batch(iter([(x, x)] * 4))
+
+
+def pipeline_misfits(folder: str) -> dict[str, str]:
+    """Files of the second stage's layers are forged."""
+    said = {}
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    for stage, dtype in ((0, "fp32"), (1, "bf16")):
+        engine, at = pipeline_of(2.0, stage, dtype), folder_of(folder, stage, dtype)
+        train_pipeline(engine, dtype)
+        engine.save_checkpoint(os.path.join(at, "intact"), TAG)
+        engine.destroy()
+        forges: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "frozen": lambda layer: layer.update(frozen=torch.ones(1)),
+            "missing": lambda layer: layer.pop("count"),
+            "surplus": lambda layer: layer.update(ghost=torch.ones(1)),
+        }
+        if dist.get_rank() == 0:
+            for name, forge in forges.items():
+                tag = shutil.copytree(os.path.join(at, "intact"), os.path.join(at, name)) + f"/{TAG}"
+                file = sorted(Path(tag, "replica_0").glob("layer_*"))[-1]
+                layer = torch.load(file)
+                forge(layer)
+                torch.save(layer, file)
+                edit(Path(tag), "none", lambda _: None)
+        dist.barrier()
+        engine = pipeline_of(3.0, stage, dtype)
+        train_pipeline(engine, dtype)
+        for name in forges:
+            for way, load in ways(engine, os.path.join(at, name), stage).items():
+                if way != "reshaped" or name != "surplus":  # which the header does not know
+                    said[f"{stage} {dtype}, {way}: {name}"] = refusal(engine, load)
+        lordo_ds.load_checkpoint(engine, os.path.join(at, "surplus"), TAG, strict=False)
+        lordo_ds.load_checkpoint(engine, os.path.join(at, "intact"), TAG)
+        assert all(float(layer.frozen[0]) == 2.0 for layer in engine.module.forward_funcs)
+        train_pipeline(engine, dtype)
+        engine.destroy()
+    return said
+
+
+def test_a_layer_that_does_not_fit_one_stage_is_refused_on_all(tmp_path: Path) -> None:
+    first, second = run_ranks(pipeline_misfits, 2, str(tmp_path))
+    assert first == second
+    words = {"frozen": r"frozen.* is \(1,\)", "missing": "count", "surplus": "ghost"}
+    for case, message in first.items():
+        assert re.search(words[case.partition(": ")[2]], message), (case, message)
 
 
 # -- what is honestly not finite ---------------------------------------------------------------------
