@@ -293,8 +293,10 @@ def tell(folder: Path, notes: list[str], spoilt: list[NotFinite], replicas: int,
     reseeded = reseeded_later(spoilt, replicas, str(folder))
     everyones = of_all_ranks(notes)
     if dist.get_rank() == 0:
-        for note in sorted({one for some in everyones for one in some}):
-            logger.warning("LoRDO: %s: it is left as it is", note)
+        left = sorted({one for some in everyones for one in some})
+        if left:
+            more = f", and {len(left) - 1} more" if len(left) > 1 else ""
+            logger.warning("LoRDO: %s %s%s: left as it is", folder, left[0], more)
         if reseeded:
             logger.warning(
                 "LoRDO: %s: replicas %s are not finite: the next sync leaves them out and gives them the state of the "

@@ -113,7 +113,7 @@ def _compare(
         what = f"has no {name!r}, which this model has" if name in live else f"holds {name!r}, which this model has not"
         if strict:
             raise CheckpointError(f"LoRDO: {file} {what}: {_ALLOW}")
-        notes.append(f"{file} {what}")
+        notes.append(what)
     for name in live.keys() & saved.keys():
         if isinstance(live[name], Tensor) and not _fits(saved[name], live[name], only_weights):
             raise CheckpointError(

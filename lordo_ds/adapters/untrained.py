@@ -51,14 +51,16 @@ def check_untrained(
     notes = []
     missing = sorted(here.names - saved.keys())
     if {name for name, (parameter, _) in here.frozen.items() if not parameter.requires_grad} == set(missing) != set():
-        notes.append(f"{folder} was saved with exclude_frozen_parameters: {missing[0]!r} and all that is frozen")
+        notes = [
+            f"has no {name!r}, as all that is frozen: it was saved with exclude_frozen_parameters" for name in missing
+        ]
         missing = []
     surplus = sorted(saved.keys() - known)
-    words = [f"{folder} has no {name!r}, which this model has" for name in missing]
-    words += [f"{folder} holds {name!r}, which this model has not" for name in surplus]
+    words = [f"has no {name!r}, which this model has" for name in missing]
+    words += [f"holds {name!r}, which this model has not" for name in surplus]
     if words and strict:
         raise CheckpointError(
-            f"LoRDO: {words[0]}: give the model that it was saved with, or strict=False to load the rest"
+            f"LoRDO: {folder} {words[0]}: give the model that it was saved with, or strict=False to load the rest"
         )
     for name in sorted(here.names & saved.keys()):
         found, wanted = _kinds(here, name, saved[name])
