@@ -500,10 +500,12 @@ class LoRDO(torch.optim.Optimizer):
                 f"first difference: {odd[0]!r} against {odd[1]!r}"
             )
         refuse_differences(ours, self.header(), "the saved state")
-        if len(state_dict.get("param_groups", ())) != len(self.param_groups):
+        states, groups = state_dict.get("state"), state_dict.get("param_groups")
+        if not (isinstance(states, dict) and isinstance(groups, list) and all(isinstance(one, dict) for one in groups)):
+            raise CheckpointError("LoRDO: the saved state has no states, or no parameter groups: it is damaged")
+        if len(groups) != len(self.param_groups):
             raise CheckpointError(
-                f"LoRDO: the saved state has {len(state_dict.get('param_groups', ()))} parameter groups, this run "
-                f"{len(self.param_groups)}"
+                f"LoRDO: the saved state has {len(groups)} parameter groups, this run {len(self.param_groups)}"
             )
         if saved_names:
             for fragment, saved in self._with_saved(state_dict):

@@ -24,7 +24,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from lordo_ds.adapters.model_check import check_masters, check_model, leave_what_was_not_saved
+from lordo_ds.adapters.model_check import check_masters, check_model, leave_what_was_not_saved, trained_weights
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import is_pipeline, save_first_replica_only
 from lordo_ds.adapters.zero import stepped_tensors_in_groups
@@ -354,20 +354,21 @@ def _check(
             read_saved(folder / name, _CLASSES)  # maps it: what it may not hold shows before anything is changed
     part = None if weights_only else _check_state(engine, load_dir, tag, folder / mine)
     notes = [] if users_load else check_model(engine, load_dir, tag, strict, weights_only)
-    return notes, _not_finite(engine, groups.replica_index, Path(engine._get_ckpt_name(str(load_dir), tag)), part)
+    return notes, _not_finite(engine, groups.replica_index, load_dir, tag, part)
 
 
-def _not_finite(engine: Any, replica: int, model_file: Path, part: SavedPart | None) -> list[NotFinite]:
+def _not_finite(engine: Any, replica: int, load_dir: Path, tag: str, part: SavedPart | None) -> list[NotFinite]:
     """Of what this rank will load: the weights that are trained, and their states."""
     found: list[NotFinite] = []
     if part is None:
-        module = {} if is_pipeline(engine) else read_saved(model_file, _CLASSES)["module"]
-        for name in sorted(module.keys() & {plan.name for plan in engine.basic_optimizer.plans}):
-            found += not_finite(replica, name, {"weight": module[name]})
+        for name, weight in trained_weights(engine, load_dir, tag):
+            found += not_finite(replica, name, {"weight": weight})
         return found
-    model = read_saved(model_file, _CLASSES) if part.masters is None else {}
+    model = read_saved(engine._get_ckpt_name(str(load_dir), tag), _CLASSES) if part.masters is None else {}
     for layout in part.header.fragments:
-        found += not_finite(replica, layout.name, {"weight": part.weight(layout, model), **part.state(layout)})
+        # Without masters, the weight of a tied copy is in the file of another stage, which checks it.
+        weight = None if layout.copied and part.masters is None else part.weight(layout, model)
+        found += not_finite(replica, layout.name, {"weight": weight, **part.state(layout)})
     return found
 
 
@@ -396,7 +397,7 @@ def restore_rank(folder: Path, groups: ReplicaGroups, optimizer: LoRDO) -> None:
     if set(saved) != set(map(tuple, places)):
         return
     mine = saved[tuple(places[dist.get_rank()])]
-    agreed(lambda: set_rng_state(mine["rng"]), of_others=True)
+    agreed(lambda: set_rng_state(mine["rng"]))
     assert optimizer.sync is not None
     optimizer.sync.rows.pending = [list(row) for row in mine["rows"]]
 
@@ -406,7 +407,7 @@ def _on_all_ranks(original: Any) -> Any:
 
     @functools.wraps(original)
     def load(*args: Any, **kwargs: Any) -> Any:
-        return agreed(lambda: original(*args, **kwargs), of_others=True)
+        return agreed(lambda: original(*args, **kwargs))
 
     return load
 

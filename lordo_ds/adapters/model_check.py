@@ -40,6 +40,14 @@ def check_model(engine: Any, load_dir: Path, tag: str, strict: bool, only_weight
     return notes
 
 
+def trained_weights(engine: Any, load_dir: Path, tag: str) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters in the files that this rank will load, by the names that they have there."""
+    for _, saved, live in _files(engine, load_dir, tag):
+        for name, ours in live.items():
+            if getattr(ours, "requires_grad", False) and isinstance(saved.get(name), Tensor):
+                yield name, saved[name]
+
+
 def check_masters(engine: Any, part: SavedPart) -> None:
     """Compare the full-precision weights that DeepSpeed will copy into its own.
 

@@ -16,14 +16,11 @@ _T = TypeVar("_T")
 _TOLD = (CheckpointError, ConfigError, OSError)
 
 
-def agreed(attempt: Callable[[], _T], *, of_others: bool = False) -> _T:
+def agreed(attempt: Callable[[], _T]) -> _T:
     """What the attempt returns, on every rank; or its error on all of them if it fails on one. Collective over all.
 
-    The attempt itself must not communicate: one rank could fail before the others wait for it.
-
-    Args:
-        of_others: the attempt runs code of others, which may raise anything; by default only errors that users are
-            told of count, and ours are raised where they happen.
+    The attempt itself must not communicate: one rank could fail before the others wait for it. Whatever it raises
+    counts: a damaged file, and the code of others that reads it, can raise anything, and the others wait here.
 
     Raises:
         CheckpointError: with the first rank's message.
@@ -38,8 +35,6 @@ def agreed(attempt: Callable[[], _T], *, of_others: bool = False) -> _T:
     except _TOLD as caught:
         problem, error = str(caught) or type(caught).__name__, caught
     except Exception as caught:
-        if not of_others:
-            raise
         problem, error = f"{type(caught).__name__}: {' '.join(str(caught).split())}", caught
     first = next((one for one in of_all_ranks(problem) if one), "")
     if problem and problem == first and isinstance(error, CheckpointError):

@@ -172,6 +172,12 @@ MISFITS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "masters, whole numbers": (of_masters(lambda t: t.to(torch.int32)), r"int32"),
     "moment, whole numbers": (of_state("exp_avg", lambda t: t.to(torch.int32)), r"exp_avg.*tall.*int32"),
     "moment, turned": (of_state("exp_avg", lambda t: t.t().contiguous()), r"exp_avg.*tall"),
+    "states, missing": (
+        lambda tag: state_file(tag, lambda _, base: base.pop("state")), r"no states|not a file of this kind"
+    ),
+    "model, missing": (
+        lambda tag: edit(tag, "model", lambda saved: saved.update(module=[1])), "not a (model's )?file"
+    ),
     "anchor, not finite": (of_state("anchor", spoil), r"'anchor' of tall is not finite in replica 1"),
     "weights, not finite anywhere": (
         functools.partial(of_masters(spoil), **everywhere), r"not finite in replica 0, and no other replica's"
