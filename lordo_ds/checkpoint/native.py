@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.files import find_tag, read_complete, read_saved, recover_folder
+from lordo_ds.checkpoint.files import find_tag, read_complete, read_saved
+from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.layout import CheckpointError, Counters, FragmentLayout, Header, Untrained
 from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, check_part, join
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun, mean_rows

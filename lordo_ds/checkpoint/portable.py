@@ -19,18 +19,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
-from lordo_ds.checkpoint.files import (
-    read_complete,
-    read_json,
-    read_saved,
-    recover_folder,
-    whole_folder,
-    write_text,
-)
+from lordo_ds.checkpoint.files import read_complete, read_json, read_saved
+from lordo_ds.checkpoint.folders import recover_folder, whole_folder
 from lordo_ds.checkpoint.layout import CheckpointError, Counters, FragmentLayout, check_format
 from lordo_ds.checkpoint.pieces import Place, State, check_part
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.checkpoint.tensor_file import DTYPES, TensorFile, TensorWriter
+from lordo_ds.disk import write_text
 
 PORTABLE_FORMAT = 1
 MANIFEST = "manifest.json"

@@ -15,7 +15,9 @@ from torch import Tensor
 
 import lordo_ds
 from lordo_ds.checkpoint import CheckpointError, open_run
-from lordo_ds.checkpoint.files import COMPLETE, file_sum, finish_folder, start_folder, write_complete
+from lordo_ds.checkpoint.files import COMPLETE, file_sum, write_complete
+from lordo_ds.checkpoint.folders import NewFolder
+from lordo_ds.disk import old_of, part_of
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import RankFailedError, run_ranks
 
@@ -74,7 +76,7 @@ def never_finished(tag: Path) -> None:
 
 
 def only_a_part(tag: Path) -> None:
-    tag.rename(tag.with_name(tag.name + ".part"))
+    tag.rename(part_of(tag))
 
 
 def newer_list(tag: Path) -> None:
@@ -142,7 +144,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     flipped: "optim_states.pt has changed since it was saved",
     file_missing: "optim_states.pt is missing, which complete.json lists",
     never_finished: "has no complete.json: saving it did not finish",
-    only_a_part: "there is no checkpoint .*; a save ended before it was complete and left global_step4.part",
+    only_a_part: "there is no checkpoint .*; a save ended before it was complete and left .global_step4.lordo-part",
     newer_list: "complete.json: format 2 is not 1: install a newer lordo_ds",
     garbled_list: "complete.json is damaged",
     replica_missing: "is missing, which complete.json lists",
@@ -222,21 +224,22 @@ def test_the_same_damages_are_refused_without_processes(saved: Any, tmp_path: Pa
 
 def save_and_die(folder: str, at: str) -> None:
     """Save a first time, then again, and end without warning on the way."""
-    from lordo_ds.adapters import checkpoints
+    from lordo_ds.adapters import saving
 
     engine = engine_of()
     for step in range(1, 5):
         train_step(engine, step)
         if step == 3:
             engine.save_checkpoint(folder)
-    original = getattr(checkpoints, at)
+    owner = saving if hasattr(saving, at) else NewFolder
+    original = getattr(owner, at)
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         if engine.global_rank == 0:
             os.kill(os.getpid(), 9)
         return original(*args, **kwargs)
 
-    setattr(checkpoints, at, dies)
+    setattr(owner, at, dies)
     engine.save_checkpoint(folder)
 
 
@@ -251,25 +254,25 @@ def resume(folder: str) -> tuple[int, bool]:
     return loaded, sorted(os.listdir(folder))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(
-    ("at", "step"), [("file_sum", 3), ("write_complete", 3), ("finish_folder", 3), ("write_text", 3)]
-)
+@pytest.mark.parametrize(("at", "step"), [("file_sum", 3), ("write_complete", 3), ("finish", 3), ("write_text", 3)])
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path: Path, at: str, step: int) -> None:
     with pytest.raises(RankFailedError):
         run_ranks(save_and_die, 2, str(tmp_path), at)
     assert (tmp_path / "latest").read_text() == "global_step3"
     for loaded, files in run_ranks(resume, 2, str(tmp_path)):
-        assert loaded == step and "again" in files and "again.part" not in files and "again.old" not in files
+        assert loaded == step and "again" in files and not [name for name in files if name.startswith(".")]
 
 
 def test_a_directory_that_was_being_replaced_is_put_back(saved: Any, tmp_path: Path) -> None:
     shutil.copytree(saved[0] / "intact" / TAG, tmp_path / TAG)
-    (tmp_path / TAG).rename(tmp_path / (TAG + ".old"))  # between the two renames of finish_folder
+    (tmp_path / TAG).rename(old_of(tmp_path / TAG))  # between the two renames
     assert open_run(tmp_path, TAG).replicas == 2
     assert (tmp_path / TAG).is_dir()
-    part = start_folder(tmp_path / TAG)
-    (part / "new").write_text("")
-    finish_folder(tmp_path / TAG)
+    new = NewFolder(tmp_path / TAG)
+    (new.path / "new").write_text("")
+    write_complete(new.path, {"new": (0, 0)})
+    new.finish()
+    new.remove_old()
     assert [path.name for path in tmp_path.iterdir()] == [TAG] and (tmp_path / TAG / "new").exists()
 
 

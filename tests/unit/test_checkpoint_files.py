@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lordo_ds.checkpoint import CheckpointError, ReshapedRun, open_run, read_saved, rng_state, set_rng_state
-from lordo_ds.checkpoint.files import COMPLETE, find_tag, read_complete, whole_folder
+from lordo_ds.checkpoint.files import COMPLETE, find_tag, read_complete
+from lordo_ds.checkpoint.folders import whole_folder
 from lordo_ds.checkpoint.layout import Counters, FragmentLayout, Header
 from lordo_ds.checkpoint.pieces import Place, check_part, cut, join, part_shape, slicing_dim
 from lordo_ds.checkpoint.portable import PortableRun, write_portable
