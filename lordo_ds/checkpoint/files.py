@@ -68,11 +68,22 @@ def read_saved(path: str | Path, classes: Mapping[str, Any] | None = None, map_l
     """
     try:
         with _nothing_but(DEEPSPEED_CLASSES if classes is None else classes):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path))
+            zipped = zipfile.is_zipfile(path)
+            if zipped:
+                _refuse_compressed(path)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise CheckpointError(f"LoRDO: {path} is missing") from None
     except Exception as error:  # torch raises whatever its readers stumble over
         raise CheckpointError(f"LoRDO: {path} cannot be read: {_reason(error)}") from None
+
+
+def _refuse_compressed(path: str | Path) -> None:
+    """torch stores its records as they are: one that is compressed may unfold to any size."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise ValueError("it holds compressed records, which torch does not write")
 
 
 @contextmanager

@@ -9,20 +9,23 @@ The optimizer's state, and the weights that it steps, lie in
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lordo_ds.checkpoint.bounds import check_cover, check_header, is_held
 from lordo_ds.checkpoint.files import find_tag, read_complete, read_saved
 from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.layout import CheckpointError, Counters, FragmentLayout, Header, Untrained
-from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, check_part, join
+from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, check_part, check_plain, join
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun, mean_rows
 from lordo_ds.core.slices import join_slices
 
@@ -50,10 +53,14 @@ class SavedPart:
         if self.masters is not None:
             if layout.tensor >= len(self.masters):
                 raise CheckpointError(f"LoRDO: {self.path} has no weights of {layout.name}: it is damaged")
-            flat = self.masters[layout.tensor].detach().reshape(-1)
-            found = flat[layout.offset : layout.offset + stop - start]
+            saved, first = self.masters[layout.tensor].detach(), layout.offset
         else:
-            found = self._in_model(layout.name, model).detach().reshape(-1)
+            saved, first = self._in_model(layout.name, model).detach(), 0
+        if not is_held(saved):
+            raise CheckpointError(f"LoRDO: {self.path}: {layout.name} is larger than its file: it is damaged")
+        found = saved.reshape(-1)
+        if self.masters is not None:
+            found = found[first : first + stop - start]
         if found.numel() != stop - start:
             raise CheckpointError(
                 f"LoRDO: {self.path} holds {found.numel()} elements of {layout.name}, not {stop - start}: it is damaged"
@@ -88,18 +95,18 @@ class _Replica:
             raise CheckpointError(f"LoRDO: {folder} holds no state of a LoRDO optimizer")
         self.parts = {part.header.mesh.inside: part for part in parts}
         mesh = parts[0].header.mesh
-        wanted = {
-            (stage, index, shard)
-            for stage in range(mesh.stages)
-            for index in range(mesh.slices)
-            for shard in range(mesh.shards)
-        }
-        if set(self.parts) != wanted or len(parts) != len(wanted):
-            missing = sorted(wanted - set(self.parts))
+        ranks = mesh.stages * mesh.slices * mesh.shards
+        wanted = product(*map(range, (mesh.stages, mesh.slices, mesh.shards)))  # lazy: there may be millions
+        missing = next((place for place in islice(wanted, len(parts) + 1) if place not in self.parts), None)
+        if missing is not None or len(parts) != ranks:
             raise CheckpointError(
-                f"LoRDO: {folder} holds the states of {len(parts)} ranks, not of {len(wanted)}"
-                + (f"; (stage, tensor rank, shard) {missing[0]} is missing" if missing else "")
+                f"LoRDO: {folder} holds the states of {len(parts)} ranks, not of {ranks}"
+                + (f"; (stage, tensor rank, shard) {missing} is missing" if missing else "")
             )
+        for part in parts:
+            if part.header.mesh.model_copy(update=mesh.place) != mesh:
+                raise CheckpointError(f"LoRDO: {part.path}: another mesh than that of the other ranks: it is damaged")
+            check_header(part.header, str(part.path))
         self.first = self.parts[0, 0, 0]
         self.layouts: dict[str, tuple[int, FragmentLayout]] = {}
         for stage in range(mesh.stages):
@@ -115,6 +122,7 @@ class _Replica:
         for index in range(layout.partitions if layout.partition_dim is not None else 1):
             parts = [self.parts[stage, index, shard] for shard in range(mesh.shards)]
             layouts = [self._layout(part, name) for part in parts]
+            check_cover(layouts, str(self.folder))
             intervals = tuple(one.interval for one in layouts)
             places = [Place(one, intervals, shard, index) for shard, one in enumerate(layouts)]
             found.append((places, parts))
@@ -185,7 +193,8 @@ class NativeRun(SavedRun):
         saved = [[part.state(place.layout) for place, part in zip(*one, strict=True)] for one in slices]
         for key, value in saved[0][0].items():
             if key in PLAIN_VALUES:
-                state[key] = PLAIN_VALUES[key](value)
+                check_plain(key, value, name, str(found.folder))
+                state[key] = value
                 continue
             if not all(isinstance(one.get(key), Tensor) for of_slice in saved for one in of_slice):
                 raise CheckpointError(
@@ -348,7 +357,9 @@ def _untrained(replica: _Replica, stage: int, index: int, one: Untrained) -> Ten
     shards = replica.first.header.mesh.shards
     models = [read_saved(_model_file(replica.parts[stage, index, shard].path)) for shard in range(shards)]
     flat = torch.cat([found["frozen_param_fragments"][one.name].reshape(-1) for found in models])
-    return flat[: torch.Size(one.shape).numel()].view(one.shape)
+    if flat.numel() < math.prod(one.shape):
+        raise CheckpointError(f"LoRDO: {part.path} holds {flat.numel()} elements of {one.name}: it is damaged")
+    return flat[: math.prod(one.shape)].view(one.shape)
 
 
 def _loss_scale(wrapper: Mapping[str, Any]) -> dict[str, float | int]:
