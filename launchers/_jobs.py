@@ -29,6 +29,7 @@ ffn_hidden_size: 64
 seq_length: 32
 vocab_size: 512
 """
+_OURS = ".emptied_by_lordo_tests"
 PLANNED_STEPS = 20_000  # of the learning-rate schedule: longer than any of these runs
 
 
@@ -156,6 +157,10 @@ def circumstances() -> str:
 
 
 def fresh_folder(path: Path) -> Path:
+    """An empty directory; one that an earlier call made is emptied, another one is refused."""
+    if path.is_dir() and any(path.iterdir()) and not (path / _OURS).exists():
+        raise SystemExit(f"{path} was not made by this script: delete it, or give another --work-dir")
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
+    (path / _OURS).touch()
     return path

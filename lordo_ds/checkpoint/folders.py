@@ -160,7 +160,8 @@ def sweep(parent: Path) -> None:
     for left in [*parent.glob(f".*{PART}"), *parent.glob(f".*{OLD}")]:
         target = left.with_name(left.name[1:].removesuffix(PART).removesuffix(OLD))
         recoverable = left.name.endswith(OLD) and not target.exists() and not (left / MARK).exists()
-        if left.is_dir() and not recoverable and not _is_held(left / MARK):
+        written = left.name.endswith(PART) and _is_held(left / MARK)
+        if left.is_dir() and not recoverable and not written:
             remove_ours(left)
 
 

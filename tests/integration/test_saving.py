@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +14,11 @@ import torch.distributed as dist
 
 from lordo_ds.checkpoint import CheckpointError, open_run
 from lordo_ds.checkpoint.files import COMPLETE
+from tests.disk import Event, disk_calls
 from tests.engines import GivenGradients, make_engine, settings, train_step
 from tests.ranks import run_ranks
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.distributed]
-
-Event = tuple[int, str, str]  # when (a clock that all processes share), what, the path
-
-
-@contextmanager
-def disk_calls() -> Iterator[list[Event]]:
-    """Plays the disk: which files and directories are flushed, renamed and removed, in order."""
-    events: list[Event] = []
-    originals = {name: getattr(os, name) for name in ("fsync", "replace", "unlink", "rmdir")}
-
-    def noted(name: str) -> Callable[..., Any]:
-        def call(first: Any, *rest: Any, **given: Any) -> Any:
-            path = os.readlink(f"/proc/self/fd/{first}") if name == "fsync" else str(first)
-            if "dir_fd" in given and given["dir_fd"] is not None:
-                path = os.path.join(os.readlink(f"/proc/self/fd/{given['dir_fd']}"), path)
-            result = originals[name](first, *rest, **given)
-            events.append((time.monotonic_ns(), name, str(rest[0]) if name == "replace" else path))
-            return result
-
-        return call
-
-    for name in originals:
-        setattr(os, name, noted(name))
-    try:
-        yield events
-    finally:
-        for name, original in originals.items():
-            setattr(os, name, original)
 
 
 def engine_of(scale: float = 1.0) -> Any:
