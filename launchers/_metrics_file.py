@@ -19,8 +19,10 @@ def read_rows(path: Path, step: int) -> tuple[list[Row], str]:
     Rows after it are lost with it: a run that goes on writes its own from `step` on.
     """
     rows: list[Row] = []
-    if not step or not path.exists():
+    if not step:
         return rows, ""
+    if not path.exists():
+        return rows, "it is not there"
     with path.open("rb") as stream:
         for number, line in enumerate(stream, 1):
             if rows and rows[-1]["step"] >= step:

@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,12 @@ class _Replica:
         self.parts = {part.header.mesh.inside: part for part in parts}
         mesh = parts[0].header.mesh
         ranks = mesh.stages * mesh.slices * mesh.shards
-        wanted = product(*map(range, (mesh.stages, mesh.slices, mesh.shards)))  # lazy: there may be millions
+        wanted = (  # one at a time, and no more than there are files: a forger's mesh has millions
+            (stage, index, shard)
+            for stage in range(mesh.stages)
+            for index in range(mesh.slices)
+            for shard in range(mesh.shards)
+        )
         missing = next((place for place in islice(wanted, len(parts) + 1) if place not in self.parts), None)
         if missing is not None or len(parts) != ranks:
             raise CheckpointError(
