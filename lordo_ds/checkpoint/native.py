@@ -9,7 +9,6 @@ The optimizer's state, and the weights that it steps, lie in
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -53,14 +52,10 @@ class SavedPart:
         if self.masters is not None:
             if layout.tensor >= len(self.masters):
                 raise CheckpointError(f"LoRDO: {self.path} has no weights of {layout.name}: it is damaged")
-            saved, first = self.masters[layout.tensor].detach(), layout.offset
+            flat = self.masters[layout.tensor].detach().reshape(-1)
+            found = flat[layout.offset : layout.offset + stop - start]
         else:
-            saved, first = self._in_model(layout.name, model).detach(), 0
-        if not is_held(saved):
-            raise CheckpointError(f"LoRDO: {self.path}: {layout.name} is larger than its file: it is damaged")
-        found = saved.reshape(-1)
-        if self.masters is not None:
-            found = found[first : first + stop - start]
+            found = self._in_model(layout.name, model).detach().reshape(-1)
         if found.numel() != stop - start:
             raise CheckpointError(
                 f"LoRDO: {self.path} holds {found.numel()} elements of {layout.name}, not {stop - start}: it is damaged"
@@ -69,8 +64,8 @@ class SavedPart:
 
     def _in_model(self, name: str, model: Mapping[str, Any]) -> Tensor:
         found = self.entry(name, model)
-        if found is None:
-            raise CheckpointError(f"LoRDO: {self.path} has no weight {name}: it is damaged")
+        if found is None or not is_held(found):
+            raise CheckpointError(f"LoRDO: {self.path} has no weight {name}, or not all of it: it is damaged")
         return found
 
     def entry(self, name: str, model: Mapping[str, Any]) -> Tensor | None:
@@ -337,6 +332,8 @@ def read_part(path: Path) -> SavedPart | None:
     header = Header.of(base, str(path))
     if masters is not None and not all(isinstance(master, Tensor) for master in masters):
         raise CheckpointError(f"LoRDO: {path} is damaged: its masters are no tensors")
+    if not all(map(is_held, masters or ())):
+        raise CheckpointError(f"LoRDO: {path} is damaged: its masters are larger than the file")
     return SavedPart(path, header, _mapping(base, path), masters, wrapper)
 
 
@@ -362,9 +359,7 @@ def _untrained(replica: _Replica, stage: int, index: int, one: Untrained) -> Ten
     shards = replica.first.header.mesh.shards
     models = [read_saved(_model_file(replica.parts[stage, index, shard].path)) for shard in range(shards)]
     flat = torch.cat([found["frozen_param_fragments"][one.name].reshape(-1) for found in models])
-    if flat.numel() < math.prod(one.shape):
-        raise CheckpointError(f"LoRDO: {part.path} holds {flat.numel()} elements of {one.name}: it is damaged")
-    return flat[: math.prod(one.shape)].view(one.shape)
+    return flat[: torch.Size(one.shape).numel()].view(one.shape)
 
 
 def _loss_scale(wrapper: Mapping[str, Any]) -> dict[str, float | int]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lordo_ds.checkpoint.bounds import is_held
@@ -102,12 +103,14 @@ def check_part(saved: Mapping[str, Any], place: Place, where: str) -> None:
         if key not in saved:
             raise CheckpointError(f"LoRDO: {where}: the state of {layout.name} has no {key!r}: it is damaged")
     for key, value in saved.items():
+        if isinstance(value, Tensor) and not is_held(value):
+            raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is larger than its file: it is damaged")
         if key in PLAIN_VALUES:
             check_plain(key, value, layout.name, where)
             continue
         wanted = part_shape(key, place)
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if not isinstance(value, Tensor) or value.numel() != math.prod(wanted) or not is_held(value):
+        if not isinstance(value, Tensor) or value.numel() != torch.Size(wanted).numel():
             raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is {found}, not {wanted}: it is damaged")
 
 
