@@ -273,7 +273,7 @@ FORGED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "step": (lambda s: s["state"][0]["tall"].update(step=10**30), "'step' of tall is"),
     "steps": (lambda s: header_of(s)["counters"].update(syncs=10**200), "damaged: counters.syncs"),
     "stretched tensor": (
-        lambda s: s["state"][0]["tall"].update(exp_avg=torch.zeros(1).expand(3, 20)), "'exp_avg' of tall is larger than its file"
+        lambda s: s["state"][0]["tall"].update(exp_avg=torch.zeros(1).expand(3, 20)), "'exp_avg' of tall is larger"
     ),
     "untrained": (
         lambda s: header_of(s)["engine"].update(untrained=[{"name": "x", "shape": (2,), "partitions": HUGE}]),
