@@ -88,7 +88,7 @@ class Job:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 variables = dict(one.partition(b"=")[::2] for one in (folder / "environ").read_bytes().split(b"\0"))
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
                 parent_rank = b"RANK=" in Path(f"/proc/{parent}/environ").read_bytes().replace(b"LOCAL_RANK=", b"")
             except OSError:
                 continue
