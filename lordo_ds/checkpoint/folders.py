@@ -43,8 +43,9 @@ class NewFolder:
         make_folder(self.target.parent)
         for mark in self.target.parent.glob(f".*{PART}/{MARK}"):
             wait_until_free(mark, str(self.target.parent))
-        if self.path.is_symlink() or (self.path.is_dir() and not is_ours(self.path)):
-            raise CheckpointError(f"LoRDO: {self.path} was not made by a save: move it away to save {self.target}")
+        for needed in (self.path, old_of(self.target)):
+            if os.path.lexists(needed) and (needed.is_symlink() or not needed.is_dir() or not is_ours(needed)):
+                raise CheckpointError(f"LoRDO: {needed} was not made by a save: move it away to save {self.target}")
         self.path.mkdir(exist_ok=True)
         self.claim = Claim.take(self.path / MARK, str(self.target))
         _empty(self.path)

@@ -84,9 +84,11 @@ def test_a_folder_of_others_is_neither_replaced_nor_removed(tmp_path: Path) -> N
             written(tmp_path / name)
         with pytest.raises(CheckpointError, match=words):
             remove_save(tmp_path / name)
-    os.rename(tmp_path / "theirs", part_of(tmp_path / "x"))
-    with pytest.raises(CheckpointError, match="lordo-part was not made by a save"):
-        written(tmp_path / "x")
+    for reserved in (old_of(tmp_path / "x"), part_of(tmp_path / "x")):
+        os.rename(tmp_path / "theirs" if (tmp_path / "theirs").exists() else old_of(tmp_path / "x"), reserved)
+        with pytest.raises(CheckpointError, match="was not made by a save: move it away"):
+            written(tmp_path / "x")
+        assert not (tmp_path / "x").exists()
     remove_ours(part_of(tmp_path / "x"))
     sweep(tmp_path)
     assert (part_of(tmp_path / "x") / "x").read_text() == (tmp_path / "file").read_text() == "mine"
