@@ -125,6 +125,11 @@ _build() {
     rm -rf "$VENV"
   fi
   if ! "$VENV/bin/python" -c 'import pip' >/dev/null 2>&1; then
+    # A build that was cut short has left a word in the lock, and may be made anew; what was there before may not.
+    if [ ! -s "$VENV.lock" ] && [ -n "$(ls -A "$VENV" 2>/dev/null)" ]; then
+      die "$VENV holds something else than an environment with pip: name another place in LORDO_VENV"
+    fi
+    echo "building" >"$VENV.lock"
     say "creating $VENV with $("$PYTHON" --version) ($(command -v "$PYTHON"))"
     "$PYTHON" -m venv --clear "$VENV" || die "could not create $VENV"
   fi
@@ -144,7 +149,7 @@ _build() {
 
 if ! _is_ready; then
   mkdir -p "$(dirname "$VENV")" && touch "$VENV.lock" 2>/dev/null || die "cannot write beside $VENV"
-  exec 9>"$VENV.lock"
+  exec 9>>"$VENV.lock"
   if command -v flock >/dev/null && ! flock -n 9; then
     say "another run is building $VENV: waiting for it"
     flock 9

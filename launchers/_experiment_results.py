@@ -57,8 +57,12 @@ def append_row(path: Path, row: Row) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """A file of these rows and no others; what `read_rows` read is written as it was."""
-    _write(path, rows, "w")
+    """A file of these rows and no others, whole or as before; what `read_rows` read is written as it was."""
+    from lordo_ds.disk import flush_file, part_of
+
+    _write(part_of(path), rows, "w")
+    flush_file(part_of(path))
+    os.replace(part_of(path), path)
 
 
 def _write(path: Path, rows: Iterable[Row], mode: str) -> None:

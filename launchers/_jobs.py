@@ -29,6 +29,7 @@ ffn_hidden_size: 64
 seq_length: 32
 vocab_size: 512
 """
+_OURS = ".emptied_by_lordo_tests"
 PLANNED_STEPS = 20_000  # of the learning-rate schedule: longer than any of these runs
 
 
@@ -87,7 +88,7 @@ class Job:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 variables = dict(one.partition(b"=")[::2] for one in (folder / "environ").read_bytes().split(b"\0"))
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                parent = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
                 parent_rank = b"RANK=" in Path(f"/proc/{parent}/environ").read_bytes().replace(b"LOCAL_RANK=", b"")
             except OSError:
                 continue
@@ -156,6 +157,10 @@ def circumstances() -> str:
 
 
 def fresh_folder(path: Path) -> Path:
+    """An empty directory; one that an earlier call made is emptied, another one is refused."""
+    if path.is_dir() and any(path.iterdir()) and not (path / _OURS).exists():
+        raise SystemExit(f"{path} was not made by this script: delete it, or give another --work-dir")
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
+    (path / _OURS).touch()
     return path

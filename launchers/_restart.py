@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,9 @@ def load_checkpoint(args: argparse.Namespace, engine: Any, hook: Any) -> dict[st
         _put_aside(folder)
         return {"step": 0, "consumed_samples": 0, "waiting_rows": []}
     client = _load(args, engine, hook, folder)
+    missing = sorted({"step", "consumed_samples", "waiting_rows"} - set(client))
+    if missing:
+        raise ValueError(f"--resume: {folder} was not saved by pretrain_gpt.py: its client state has no {missing[0]!r}")
     if client["step"] >= args.train_steps:
         if resume == "auto":
             say(f"{folder} is at step {client['step']}: nothing is left to do")
@@ -79,17 +81,16 @@ def saves_up_to(folder: Path, step: int) -> list[int]:
 
 
 def drop_saves(folder: Path, steps: list[int]) -> None:
-    """Delete them, on rank 0; what a killed process leaves of one no longer bears a save's name."""
-    from lordo_ds.checkpoint.files import PART
+    """Delete them, on rank 0, but not what a save has not made, nor what somebody has put into one."""
+    from lordo_ds.checkpoint import CheckpointError
+    from lordo_ds.checkpoint.folders import remove_save
 
     if dist_rank() == 0:
         for step in steps:
-            whole = folder / f"global_step{step}"
-            going = whole.with_name(whole.name + PART)
-            if whole.is_dir():
-                shutil.rmtree(going, ignore_errors=True)
-                whole.rename(going)
-                shutil.rmtree(going, ignore_errors=True)
+            try:
+                remove_save(folder / f"global_step{step}")
+            except (CheckpointError, OSError) as error:
+                say(f"--keep-saves: not deleted: {error}")
 
 
 def write_rows_that_nobody_averages(log: RunLog, hook: Any) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections import Counter, deque
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
-Row = dict[str, Any]
+from _launch import say
+from _metrics_file import Row, line_of, read_rows
 
 
 class Hook(Protocol):
@@ -106,9 +107,29 @@ class RunLog:
         self._writes = writes
         self._monitor = monitor
         if writes:
-            complete = waiting[0]["step"] - 1 if waiting else resumed_step
-            self._keep(_rows_up_to(self.path, complete))
-            _replace_text(self.path, "".join(map(_line, self.rows)))
+            self._take_up(waiting[0]["step"] - 1 if waiting else resumed_step, resumed_step == 0)
+
+    def _take_up(self, complete: int, anew: bool) -> None:
+        """Go on after the rows up to a step, cut where a crash has damaged them; a new run leaves an older one's."""
+        from lordo_ds.disk import write_text
+
+        if anew and self.path.exists() and self.path.stat().st_size:
+            aside = _free_name(self.folder / "metrics_of_earlier_run.jsonl")
+            self.path.rename(aside)
+            say(f"{self.path} was an earlier run's: it is now {aside.name}")
+        rows, damage = read_rows(self.path, complete)
+        if damage:
+            kept = f"those up to step {rows[-1]['step']} are kept" if rows else "none is kept"
+            say(f"{self.path}: {damage}: of the {complete} rows before the checkpoint {kept}, the run goes on")
+        self._keep(rows)
+        write_text(self.path, "".join(map(line_of, self.rows)))
+
+    def put_on_disk(self) -> None:
+        """Before a checkpoint that goes on after the rows written so far."""
+        from lordo_ds.disk import flush_file
+
+        if self._writes:
+            flush_file(self.path)
 
     @property
     def waiting(self) -> list[Row]:
@@ -134,7 +155,7 @@ class RunLog:
             return
         self._keep(rows)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.writelines(map(_line, rows))
+            stream.writelines(map(line_of, rows))
         self._monitor.write_events([event for row in rows for event in _events(row)])
 
     def _keep(self, rows: list[Row]) -> None:
@@ -146,30 +167,17 @@ class RunLog:
         """Write summary.json and loss.png."""
         if self._writes:
             assert not self._waiting, "rows are left without averages"
+            from lordo_ds.disk import write_text
+
             facts = {**facts, "versions": _versions()}
-            _replace_text(self.folder / "summary.json", json.dumps(facts, indent=2) + "\n")
+            write_text(self.folder / "summary.json", json.dumps(facts, indent=2) + "\n")
             _plot(self.rows, facts, self.folder / "loss.png")
 
 
-def _rows_up_to(path: Path, step: int) -> list[Row]:
-    if not step or not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [row for row in rows if row["step"] <= step]
-
-
-def _line(row: Row) -> str:
-    # JSON has no NaN and no infinity.
-    def written(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps({key: written(value) for key, value in row.items()}) + "\n"
-
-
-def _replace_text(path: Path, text: str) -> None:
-    draft = path.with_name(path.name + ".draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+def _free_name(path: Path) -> Path:
+    """The path, or with the first number that makes it new."""
+    names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def _versions() -> dict[str, str]:

@@ -33,6 +33,7 @@ from _launch import (
     shut_down,
     start_distributed,
 )
+from _output_dir import check_claim, claimed
 from _parallel import check_parallel_sizes, elements_here, elements_in_all
 from _restart import RESUME_CHOICES, drop_saves, load_checkpoint, saves_up_to, write_rows_that_nobody_averages
 from _run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
@@ -140,6 +141,8 @@ class Job:
     bytes_counted: int
     """How much of the hook's bytes_sent is in rows already; the first row takes what start-up sent."""
     started: float
+    claim: Any
+    """That of the output directory, on rank 0."""
 
 
 def set_up(args: argparse.Namespace) -> Job:
@@ -150,18 +153,36 @@ def set_up(args: argparse.Namespace) -> Job:
     choose_device()
     check_parallel_sizes(model_config, args.tensor_parallel, args.pipeline_parallel)
     from lordo_ds import LordoConfig
-    from lordo_ds.data import prepare, unigram_entropy
-    from lordo_ds.dist.ledger import data_parallel_bytes
+    from lordo_ds.data import prepare
 
     optimizer = config.get("optimizer", {})
     if str(optimizer.get("type")).lower() == "lordo":
         LordoConfig.parse(optimizer.get("params", {}))  # a misspelt key need not wait for the data
     data = prepare(args.data, model_config.vocab_size, say=say)
-    train, valid, held_out = open_datasets(data, model_config.seq_length, args.seed)
+    datasets = open_datasets(data, model_config.seq_length, args.seed)
     start_distributed(args.tensor_parallel, args.pipeline_parallel, args.seed)
     check_equal_on_all_ranks(
         data.key, "other data than rank 0: use the same files, Python and sentencepiece everywhere"
     )
+    with claimed(args.output_dir) as claim:
+        return build_job(args, config, model_config, data, datasets, started, claim)
+
+
+def build_job(
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    model_config: GptConfig,
+    data: Any,
+    datasets: tuple[Samples, Samples, int],
+    started: float,
+    claim: Any,
+) -> Job:
+    """The engine, from scratch or from its checkpoint, and all else."""
+    from lordo_ds.data import unigram_entropy
+    from lordo_ds.dist.agreement import agreed
+    from lordo_ds.dist.ledger import data_parallel_bytes
+
+    train, valid, held_out = datasets
     trainer, hook, group = build_trainer(model_config, config, args.seed)
     engine = trainer.engine
     shape = BatchShape(
@@ -176,9 +197,9 @@ def set_up(args: argparse.Namespace) -> Job:
         f"{shape.data_parallel_size // hook.replicas * model_parallel} rank(s); {args.train_steps} steps of "
         f"{shape.global_batch} x {model_config.seq_length} tokens, on {device_in_words()}"
     )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     client = load_checkpoint(args, engine, hook)
-    log = RunLog(args.output_dir, dist_rank() == 0, engine.monitor, client["step"], client["waiting_rows"])
+    step, rows, writes = client["step"], client["waiting_rows"], dist_rank() == 0
+    log = agreed(lambda: RunLog(args.output_dir, writes, engine.monitor, step, rows))
     write_rows_that_nobody_averages(log, hook)
     return Job(
         args=args,
@@ -198,19 +219,22 @@ def set_up(args: argparse.Namespace) -> Job:
             hook.replicas,
             shape.data_parallel_size // hook.replicas,
         ),
-        step=client["step"],
+        step=step,
         consumed=client["consumed_samples"],
-        saves=saves_up_to(args.output_dir / "checkpoints", client["step"]),
-        bytes_counted=hook.bytes_sent if client["step"] else 0,
+        saves=saves_up_to(args.output_dir / "checkpoints", step),
+        bytes_counted=hook.bytes_sent if step else 0,
         started=started,
+        claim=claim,
     )
 
 
 def save_checkpoint(job: Job) -> None:
     """Collective. Rows that wait for a sync go along; the hook saves what is to be averaged."""
+    check_claim(job.claim)
     if isinstance(job.hook, EveryStepHook):
         job.hook.flush()
         job.log.flush(job.hook.averaged_rows())
+    job.log.put_on_disk()
     client = {
         "step": job.step,
         "consumed_samples": job.consumed,
@@ -354,6 +378,8 @@ def main() -> None:
         job = set_up(parse_arguments())
     train(job)
     finish(job)
+    if job.claim is not None:
+        job.claim.release()
     shut_down()
 
 

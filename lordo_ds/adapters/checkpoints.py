@@ -1,8 +1,8 @@
 """Checkpoints of an engine: every replica writes into `<tag>/replica_<m>/`, under one tag, all of it or nothing.
 
-A save goes into `<tag>.part`, which gets its name when every file of every rank is there and listed with its sum in
-`complete.json`; then `latest` is replaced. A load first checks, on all ranks, everything that could be wrong, and only
-then changes anything. No file can run code: tensors, plain values and four classes of DeepSpeed are all that is read.
+How they are saved, `lordo_ds.adapters.saving` tells. A load first checks, on all ranks, everything that could be wrong,
+and only then changes anything. No file can run code: tensors, plain values and four classes of DeepSpeed are all that
+is read.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import functools
 import inspect
 import logging
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -27,39 +24,25 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from lordo_ds.adapters.model_check import check_masters, check_model, leave_what_was_not_saved, trained_weights
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import is_pipeline, save_first_replica_only
+from lordo_ds.adapters.saving import RANKS, SAVE_PARAMETERS, place_of, whole_or_not
 from lordo_ds.adapters.zero import stepped_tensors_in_groups
-from lordo_ds.checkpoint.files import (
-    LATEST,
-    PART,
-    check_sums,
-    file_sum,
-    find_tag,
-    finish_folder,
-    read_complete,
-    read_saved,
-    recover_folder,
-    start_folder,
-    unsafe_classes,
-    write_complete,
-    write_text,
-)
+from lordo_ds.checkpoint.files import check_sums, find_tag, read_complete, read_saved
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
+from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.layout import CheckpointError, refuse_differences
 from lordo_ds.checkpoint.native import SavedPart, optimizer_files, read_part, replica_numbers
 from lordo_ds.checkpoint.portable import is_portable
-from lordo_ds.checkpoint.rng import rng_state, set_rng_state
+from lordo_ds.checkpoint.rng import set_rng_state
 from lordo_ds.dist.agreement import agreed, reseeded_later
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.optimizer import LoRDO
 
 logger = logging.getLogger("lordo_ds")
 
-RANKS = "ranks.pt"  # what each rank keeps for itself: random generators, rows that wait for a sync
 _CLASSES = {
     f"{made.__module__}.{made.__qualname__}": made
     for made in (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 }
-_SAVE = ("save_dir", "tag", "client_state", "save_latest", "exclude_frozen_parameters")
 _LAYER_FILES = (
     ("module_state_dict", ("exclude_frozen_parameters",)),
     ("load_module_state_dict", ("checkpoint", "strict")),
@@ -96,7 +79,8 @@ def keep_replicas_apart(engine: Any, groups: ReplicaGroups, restart: Callable[[]
         replace_method(engine, "_load_checkpoint", ("load_dir", "tag"), _on_all_ranks, version)
     replace_method(engine, "_load_zero_checkpoint", ("load_dir", "tag"), _on_all_ranks, version)
     replace_method(engine.checkpoint_engine, "load", ("path", "map_location"), _without_code, version)
-    replace_method(engine, "save_checkpoint", _SAVE, functools.partial(_whole_or_not, engine, groups), version)
+    saved = functools.partial(whole_or_not, engine, groups)
+    replace_method(engine, "save_checkpoint", SAVE_PARAMETERS, saved, version)
     loaded = functools.partial(_checked_first, engine, groups, restart)
     replace_method(engine, "load_checkpoint", ("load_dir", "tag", "load_module_strict"), loaded, version)
 
@@ -123,105 +107,6 @@ def _without_code(original: Any) -> Any:
         return read_saved(path, _CLASSES)  # on the host, where everything that DeepSpeed asks for goes first
 
     return load
-
-
-# -- saving ------------------------------------------------------------------------------------------
-
-
-def _whole_or_not(engine: Any, groups: ReplicaGroups, original: Any) -> Any:
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        asked = bound.arguments
-        if not asked["save_dir"]:
-            return original(**asked)  # DeepSpeed says what is wrong
-        tag = f"global_step{engine.global_steps}" if asked["tag"] is None else str(asked["tag"])
-        target = Path(asked["save_dir"], tag)
-        _check_tag(tag)
-        agreed(lambda: start_folder(target) if dist.get_rank() == 0 else None)
-        with _written(engine.checkpoint_engine) as files:
-            result = original(**{**asked, "tag": tag + PART, "save_latest": False})
-        part = target.with_name(target.name + PART)
-        try:
-            mine = agreed(lambda: _account(part, files, groups, engine.basic_optimizer))
-        except CheckpointError:  # on all ranks, which have read what they wrote
-            if dist.get_rank() == 0:
-                shutil.rmtree(part, ignore_errors=True)
-            raise
-        found = of_all_ranks(mine)
-        agreed(lambda: _finish(target, part, found, tag if asked["save_latest"] else None))
-        return result
-
-    return save_checkpoint
-
-
-def _check_tag(tag: str) -> None:
-    """Refuse a tag that is none, or not the same everywhere. Collective."""
-    tags = of_all_ranks(tag)
-    if len(set(tags)) > 1:
-        raise CheckpointError(f"LoRDO: the ranks save under different tags, {sorted(set(tags))[:3]}: give all the same")
-    if not tag or Path(tag).name != tag:
-        raise CheckpointError(f"LoRDO: the tag {tag!r} must be the name of a directory")
-
-
-@contextmanager
-def _written(checkpoint_engine: Any) -> Iterator[list[Path]]:
-    """Collects the files that this rank saves."""
-    save, files = checkpoint_engine.save, []
-
-    @functools.wraps(save)
-    def noted(state_dict: Any, path: str) -> Any:
-        files.append(Path(path))
-        return save(state_dict, path)
-
-    checkpoint_engine.save = noted
-    try:
-        yield files
-    finally:
-        checkpoint_engine.save = save
-
-
-def _account(part: Path, files: list[Path], groups: ReplicaGroups, optimizer: LoRDO) -> dict[str, Any]:
-    """The sums of the files that this rank wrote, and what it keeps for itself.
-
-    Raises:
-        CheckpointError: a file could not be loaded again.
-    """
-    sums = {}
-    for file in dict.fromkeys(files):
-        unsafe = unsafe_classes(file)
-        if unsafe:
-            raise CheckpointError(
-                f"LoRDO: the checkpoint would hold an object of {unsafe[0]}, and loading runs no code: give "
-                "client_state tensors and plain values only"
-            )
-        sums[str(file.relative_to(part))] = file_sum(file)
-    assert optimizer.sync is not None
-    rows = [list(row) for row in optimizer.sync.rows.pending]
-    return {"files": sums, "rank": {"place": _place(groups, optimizer), "rng": rng_state(), "rows": rows}}
-
-
-def _finish(target: Path, part: Path, found: list[dict[str, Any]], latest: str | None) -> None:
-    """Rank 0 declares the checkpoint complete."""
-    if dist.get_rank() != 0:
-        return
-    torch.save([one["rank"] for one in found], part / RANKS)
-    sums = {name: pair for one in found for name, pair in one["files"].items()}
-    write_complete(part, {**sums, RANKS: file_sum(part / RANKS)})
-    finish_folder(target)
-    if latest is not None:
-        write_text(target.parent / LATEST, latest)
-    for left in target.parent.glob(f"*{PART}"):  # by saves that did not finish
-        if any(left.glob("replica_*")):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _place(groups: ReplicaGroups, optimizer: LoRDO) -> list[int]:
-    """(replica, stage, tensor rank, data-parallel rank inside the replica)."""
-    return [groups.replica_index, optimizer.pipe_stage, dist.get_rank(groups.tensor), groups.shard_index]
 
 
 # -- loading -----------------------------------------------------------------------------------------
@@ -392,7 +277,7 @@ def _check_state(engine: Any, load_dir: Path, tag: str, folder: Path) -> SavedPa
 
 def restore_rank(folder: Path, groups: ReplicaGroups, optimizer: LoRDO) -> None:
     """What each rank kept for itself, if the mesh is the one that saved. Collective over all ranks."""
-    places = of_all_ranks(_place(groups, optimizer))
+    places = of_all_ranks(place_of(groups, optimizer))
     saved = {tuple(one["place"]): one for one in read_saved(folder / RANKS, classes={})}
     if set(saved) != set(map(tuple, places)):
         return

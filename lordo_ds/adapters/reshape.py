@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lordo_ds.adapters.agreement import agreed
 from lordo_ds.adapters.checkpoints import common_tag, restore_rank, tell
 from lordo_ds.adapters.untrained import Untrained, check_untrained, fill_untrained
 from lordo_ds.adapters.zero import refresh_low_precision, stepped_tensors_in_groups
@@ -23,6 +22,7 @@ from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, cut
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.reshape import ReshapedRun, check_settings, with_rank
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
+from lordo_ds.dist.agreement import agreed
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.optimizer import LoRDO

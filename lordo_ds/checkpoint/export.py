@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.files import whole_folder, write_text
+from lordo_ds.checkpoint.folders import whole_folder
 from lordo_ds.checkpoint.hf_gpt import HuggingFaceGpt
 from lordo_ds.checkpoint.layout import CheckpointError
 from lordo_ds.checkpoint.reshape import ReshapedRun
 from lordo_ds.checkpoint.run import SavedRun
 from lordo_ds.checkpoint.tensor_file import TensorWriter
+from lordo_ds.disk import write_text
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = "model.safetensors"

@@ -7,9 +7,7 @@ It is written last, and the directory gets its name only then.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,12 +20,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from lordo_ds.checkpoint.layout import CheckpointError, check_format
+from lordo_ds.disk import old_of, part_of, write_text
 
 COMPLETE = "complete.json"
 LATEST = "latest"
 COMPLETE_FORMAT = 1
-PART = ".part"  # of a directory that is being written
-OLD = ".old"  # of one that is being replaced
 _CHUNK_BYTES = 1 << 22
 
 
@@ -71,11 +68,22 @@ def read_saved(path: str | Path, classes: Mapping[str, Any] | None = None, map_l
     """
     try:
         with _nothing_but(DEEPSPEED_CLASSES if classes is None else classes):
-            return torch.load(path, map_location=map_location, weights_only=True, mmap=zipfile.is_zipfile(path))
+            zipped = zipfile.is_zipfile(path)
+            if zipped:
+                _refuse_compressed(path)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise CheckpointError(f"LoRDO: {path} is missing") from None
     except Exception as error:  # torch raises whatever its readers stumble over
         raise CheckpointError(f"LoRDO: {path} cannot be read: {_reason(error)}") from None
+
+
+def _refuse_compressed(path: str | Path) -> None:
+    """torch stores its records as they are: one that is compressed may unfold to any size."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != record.compress_size:
+                raise ValueError("it holds compressed records, which torch does not write")
 
 
 @contextmanager
@@ -153,7 +161,7 @@ def read_complete(folder: Path) -> Complete:
         CheckpointError: the checkpoint is not complete, or of another version.
     """
     if not folder.is_dir():
-        left = [name for name in (folder.name + PART, folder.name + OLD) if (folder.parent / name).is_dir()]
+        left = [path.name for path in _unfinished(folder) if path.is_dir()]
         hint = f"; a save ended before it was complete and left {left[0]}" if left else ""
         raise CheckpointError(f"LoRDO: there is no checkpoint {folder}{hint}")
     path = folder / COMPLETE
@@ -177,6 +185,11 @@ def read_complete(folder: Path) -> Complete:
         if file.stat().st_size != size:
             raise CheckpointError(f"LoRDO: {file} has {file.stat().st_size} bytes, not {size}: it is truncated")
     return complete
+
+
+def _unfinished(folder: Path) -> list[Path]:
+    """What a save that was cut short may have left; earlier versions called it otherwise."""
+    return [part_of(folder), old_of(folder), *(folder.with_name(folder.name + end) for end in (".part", ".old"))]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -238,65 +251,3 @@ def write_complete(folder: Path, sums: Mapping[str, tuple[int, int]]) -> None:
     """Declare a directory complete."""
     files = {name: list(pair) for name, pair in sorted(sums.items())}
     write_text(folder / COMPLETE, json.dumps({"format": COMPLETE_FORMAT, "files": files}, indent=1))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that others see whole or not at all."""
-    part = path.with_name(path.name + PART)
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """A rename is lasting only when its directory is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass  # some network file systems refuse it
-    finally:
-        os.close(descriptor)
-
-
-def start_folder(folder: Path) -> Path:
-    """An empty directory to write into, beside the one that it will replace."""
-    part = folder.with_name(folder.name + PART)
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    return part
-
-
-def finish_folder(folder: Path) -> None:
-    """Give what was written into `start_folder` its name; one of the same name is replaced."""
-    part, old = folder.with_name(folder.name + PART), folder.with_name(folder.name + OLD)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(part, folder)
-    _flush_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Put back a directory that was being replaced when the process died between the two renames."""
-    old = folder.with_name(folder.name + OLD)
-    if not folder.exists() and (old / COMPLETE).is_file():
-        os.replace(old, folder)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A directory to write into that takes its name, with `complete.json`, if the block does not raise."""
-    part = start_folder(folder)
-    try:
-        yield part
-        found = sorted(path for path in part.rglob("*") if path.is_file())
-        write_complete(part, {str(path.relative_to(part)): file_sum(path) for path in found})
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    finish_folder(folder)

@@ -6,10 +6,11 @@ changed or made by something else is refused by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 STATE_FORMAT = 2
 
@@ -19,6 +20,42 @@ RESHAPE_HINT = (
     "give what it was saved with, or load it with lordo_ds.load_checkpoint(engine, ..., reshape=True) "
     "(`lordo ckpt show` tells what it holds)"
 )
+
+
+LARGEST = 2**63 - 1  # torch counts in 64 bits
+_DEEPEST, _MOST_SETTINGS = 16, 10_000
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+
+
+def _bounded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) > 64 or math.prod(size for size in shape if size) > LARGEST:
+        raise ValueError("no tensor has so many elements")
+    return shape
+
+
+Shape = Annotated[tuple[NonNegativeInt, ...], AfterValidator(_bounded)]
+
+
+def _small(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what is nested so deep, or so often, that printing or comparing it would not come to an end."""
+    level: list[Any] = [value]
+    seen = 0
+    for _ in range(_DEEPEST):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, (dict, list, tuple)):
+                inner += one.values() if isinstance(one, dict) else one
+                seen += len(one)
+                if seen > _MOST_SETTINGS:
+                    raise ValueError(f"more than {_MOST_SETTINGS} values")
+        level = inner
+    if level:
+        raise ValueError(f"nested deeper than {_DEEPEST}")
+    return value
+
+
+PlainSettings = Annotated[dict[str, Any], AfterValidator(_small)]
 
 
 class CheckpointError(ValueError):
@@ -46,6 +83,11 @@ class Mesh(_Plain):
         """(stage, slice, shard): the place inside the replica."""
         return self.stage, self.slice, self.shard
 
+    @property
+    def place(self) -> dict[str, int]:
+        """What is this rank's own of it."""
+        return {key: getattr(self, key) for key in ("replica", "shard", "slice", "stage")}
+
     def __str__(self) -> str:
         return f"{self.replicas} replicas x {self.shards} shards, TP {self.slices}, PP {self.stages}"
 
@@ -58,7 +100,7 @@ class FragmentLayout(_Plain):
     """
 
     name: str
-    shape: tuple[NonNegativeInt, ...]
+    shape: Shape
     partition_dim: int | None
     partitions: PositiveInt
     partition_stride: PositiveInt
@@ -69,6 +111,11 @@ class FragmentLayout(_Plain):
     tensor: NonNegativeInt
     offset: NonNegativeInt
     copied: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Of the slice."""
+        return math.prod(self.shape)
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -82,7 +129,7 @@ class Untrained(_Plain):
     """A parameter that no optimizer steps; its slice's shape, and how it is cut by tensor parallelism."""
 
     name: str
-    shape: tuple[NonNegativeInt, ...]
+    shape: Shape
     partition_dim: int | None = None
     partitions: PositiveInt = 1
     partition_stride: PositiveInt = 1
@@ -122,7 +169,7 @@ class Header(_Plain):
     """Everything about one rank's optimizer state that is not a tensor."""
 
     format: int
-    settings: dict[str, Any]
+    settings: PlainSettings
     mesh: Mesh
     fragments: tuple[FragmentLayout, ...]
     engine: EngineFacts = EngineFacts()
@@ -144,9 +191,13 @@ class Header(_Plain):
         try:
             return cls.model_validate(found)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise CheckpointError(f"LoRDO: {where} is damaged: {key}: {first['msg']}") from None
+            raise CheckpointError(f"LoRDO: {where} is damaged: {first_fault(error)}") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """Where the first difference from a model is, and what; of a length to be read."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    return f"{'.'.join(str(part)[:80] for part in first['loc'])[:200]}: {first['msg'][:200]}"
 
 
 def check_format(found: Any, known: int, where: str) -> None:
@@ -157,7 +208,9 @@ def check_format(found: Any, known: int, where: str) -> None:
     """
     if found == known and type(found) is int:
         return
-    newer = type(found) is int and found > known
+    if found is not None and (type(found) is not int or abs(found) > LARGEST):
+        raise CheckpointError(f"LoRDO: {where} is damaged: its format is no number that a version has")
+    newer = found is not None and found > known
     advice = "install a newer lordo_ds" if newer else "load it with the version that saved it"
     raise CheckpointError(f"LoRDO: {where}: format {found!r} is not {known}: {advice}")
 

@@ -13,15 +13,18 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.files import find_tag, read_complete, read_saved, recover_folder
+from lordo_ds.checkpoint.bounds import check_cover, check_header, is_held
+from lordo_ds.checkpoint.files import find_tag, read_complete, read_saved
+from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.layout import CheckpointError, Counters, FragmentLayout, Header, Untrained
-from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, check_part, join
+from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, check_part, check_plain, join
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun, mean_rows
 from lordo_ds.core.slices import join_slices
 
@@ -74,8 +77,8 @@ class SavedPart:
 
     def _in_model(self, name: str, model: Mapping[str, Any]) -> Tensor:
         found = self.entry(name, model)
-        if found is None:
-            raise CheckpointError(f"LoRDO: {self.path} has no weight {name}: it is damaged")
+        if found is None or not is_held(found):
+            raise CheckpointError(f"LoRDO: {self.path} has no weight {name}, or not all of it: it is damaged")
         return found
 
     def entry(self, name: str, model: Mapping[str, Any]) -> Tensor | None:
@@ -100,18 +103,23 @@ class _Replica:
             raise CheckpointError(f"LoRDO: {folder} holds no state of a LoRDO optimizer")
         self.parts = {part.header.mesh.inside: part for part in parts}
         mesh = parts[0].header.mesh
-        wanted = {
+        ranks = mesh.stages * mesh.slices * mesh.shards
+        wanted = (  # one at a time, and no more than there are files: a forger's mesh has millions
             (stage, index, shard)
             for stage in range(mesh.stages)
             for index in range(mesh.slices)
             for shard in range(mesh.shards)
-        }
-        if set(self.parts) != wanted or len(parts) != len(wanted):
-            missing = sorted(wanted - set(self.parts))
+        )
+        missing = next((place for place in islice(wanted, len(parts) + 1) if place not in self.parts), None)
+        if missing is not None or len(parts) != ranks:
             raise CheckpointError(
-                f"LoRDO: {folder} holds the states of {len(parts)} ranks, not of {len(wanted)}"
-                + (f"; (stage, tensor rank, shard) {missing[0]} is missing" if missing else "")
+                f"LoRDO: {folder} holds the states of {len(parts)} ranks, not of {ranks}"
+                + (f"; (stage, tensor rank, shard) {missing} is missing" if missing else "")
             )
+        for part in parts:
+            if part.header.mesh.model_copy(update=mesh.place) != mesh:
+                raise CheckpointError(f"LoRDO: {part.path}: another mesh than that of the other ranks: it is damaged")
+            check_header(part.header, str(part.path))
         self.first = self.parts[0, 0, 0]
         self.layouts: dict[str, tuple[int, FragmentLayout]] = {}
         for stage in range(mesh.stages):
@@ -127,6 +135,7 @@ class _Replica:
         for index in range(layout.partitions if layout.partition_dim is not None else 1):
             parts = [self.parts[stage, index, shard] for shard in range(mesh.shards)]
             layouts = [self._layout(part, name) for part in parts]
+            check_cover(layouts, str(self.folder))
             intervals = tuple(one.interval for one in layouts)
             places = [Place(one, intervals, shard, index) for shard, one in enumerate(layouts)]
             found.append((places, parts))
@@ -197,7 +206,8 @@ class NativeRun(SavedRun):
         saved = [[part.state(place.layout) for place, part in zip(*one, strict=True)] for one in slices]
         for key, value in saved[0][0].items():
             if key in PLAIN_VALUES:
-                state[key] = PLAIN_VALUES[key](value)
+                check_plain(key, value, name, str(found.folder))
+                state[key] = value
                 continue
             if not all(isinstance(one.get(key), Tensor) for of_slice in saved for one in of_slice):
                 raise CheckpointError(
@@ -339,6 +349,8 @@ def read_part(path: Path) -> SavedPart:
     header = Header.of(base, str(path))
     if masters is not None and not all(isinstance(master, Tensor) for master in masters):
         raise CheckpointError(f"LoRDO: {path} is damaged: its masters are no tensors")
+    if not all(map(is_held, masters or ())):
+        raise CheckpointError(f"LoRDO: {path} is damaged: its masters are larger than the file")
     return SavedPart(path, header, _mapping(base, path), masters, wrapper)
 
 

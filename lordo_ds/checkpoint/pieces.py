@@ -12,6 +12,7 @@ r is the rank, s the side of the basis, l the other one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.layout import CheckpointError, FragmentLayout
+from lordo_ds.checkpoint.bounds import is_held
+from lordo_ds.checkpoint.layout import LARGEST, CheckpointError, FragmentLayout
 from lordo_ds.core.fragments import Interval, MatrixShards
 from lordo_ds.core.slices import cut_slice, join_slices
 
@@ -43,7 +45,7 @@ class Place:
 
     @property
     def numel(self) -> int:
-        return int(torch.Size(self.layout.shape).numel())
+        return self.layout.numel
 
     @property
     def shards(self) -> MatrixShards:
@@ -101,9 +103,10 @@ def check_part(saved: Mapping[str, Any], place: Place, where: str) -> None:
         if key not in saved:
             raise CheckpointError(f"LoRDO: {where}: the state of {layout.name} has no {key!r}: it is damaged")
     for key, value in saved.items():
+        if isinstance(value, Tensor) and not is_held(value):
+            raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is larger than its file: it is damaged")
         if key in PLAIN_VALUES:
-            if type(value) is not PLAIN_VALUES[key]:
-                raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is {value!r}: it is damaged")
+            check_plain(key, value, layout.name, where)
             continue
         wanted = part_shape(key, place)
         found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
@@ -115,6 +118,17 @@ def check_part(saved: Mapping[str, Any], place: Place, where: str) -> None:
             or (tuple(value.shape) not in shapes or value.numel() != torch.Size(wanted).numel())
         ):
             raise CheckpointError(f"LoRDO: {where}: {key!r} of {layout.name} is {found}, not {wanted}: it is damaged")
+
+
+def check_plain(key: str, value: Any, name: str, where: str) -> None:
+    """Refuse a count that is none.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if type(value) is not PLAIN_VALUES[key] or (isinstance(value, int) and not 0 <= value <= LARGEST):
+        shown = repr(value)[:40] if isinstance(value, (int, float, str)) else type(value).__name__
+        raise CheckpointError(f"LoRDO: {where}: {key!r} of {name} is {shown}: it is damaged")
 
 
 def slicing_dim(key: str, layout: FragmentLayout) -> int | None:
@@ -130,23 +144,25 @@ def join_shards(key: str, places: Sequence[Place], parts: Sequence[Tensor]) -> T
     Raises:
         CheckpointError: a part has another size than its place, or the parts leave a gap.
     """
-    shape = places[0].slice_shape(key)
-    if len(parts) == 1 and parts[0].numel() == torch.Size(shape).numel():
+    shape, name = places[0].slice_shape(key), places[0].layout.name
+    covered = 0
+    for place, part in zip(places, parts, strict=True):  # before room is made for what they do not hold
+        wanted = part_shape(key, place)
+        if part.numel() != math.prod(wanted) or not is_held(part):
+            raise CheckpointError(f"LoRDO: {key!r} of {name}: a shard keeps {tuple(part.shape)}, not {wanted}")
+        _, start, stop = place.span(key)
+        covered += stop - start
+    dim = places[0].span(key)[0]
+    extent = math.prod(shape) if dim < 0 else shape[dim]
+    if covered < extent:
+        raise CheckpointError(f"LoRDO: {key!r} of {name}: its shards hold {covered} of {extent} parts")
+    if len(parts) == 1 and parts[0].numel() == math.prod(shape):
         return parts[0].view(shape)
     whole = parts[0].new_zeros(shape)
-    covered = 0
     for place, part in zip(places, parts, strict=True):
-        dim, start, stop = place.span(key)
+        _, start, stop = place.span(key)
         target = whole.view(-1)[start:stop] if dim < 0 else whole.narrow(dim, start, stop - start)
-        if part.numel() != target.numel():
-            raise CheckpointError(
-                f"LoRDO: {key!r} of {place.layout.name}: a shard keeps {tuple(part.shape)}, not {tuple(target.shape)}"
-            )
         target.copy_(part.view(target.shape))
-        covered += stop - start
-    extent = whole.numel() if places[0].span(key)[0] < 0 else whole.shape[places[0].span(key)[0]]
-    if covered < extent:
-        raise CheckpointError(f"LoRDO: {key!r} of {places[0].layout.name}: its shards hold {covered} of {extent} parts")
     return whole
 
 

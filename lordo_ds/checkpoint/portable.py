@@ -16,24 +16,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from lordo_ds.checkpoint.files import (
-    read_complete,
-    read_json,
-    read_saved,
-    recover_folder,
-    whole_folder,
-    write_text,
+from lordo_ds.checkpoint.files import read_complete, read_json, read_saved
+from lordo_ds.checkpoint.folders import recover_folder, whole_folder
+from lordo_ds.checkpoint.layout import (
+    CheckpointError,
+    Counters,
+    FragmentLayout,
+    NonNegativeInt,
+    PlainSettings,
+    PositiveInt,
+    Shape,
+    check_format,
+    first_fault,
 )
-from lordo_ds.checkpoint.layout import CheckpointError, Counters, FragmentLayout, check_format
 from lordo_ds.checkpoint.pieces import Place, State, check_part
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.checkpoint.tensor_file import DTYPES, TensorFile, TensorWriter
+from lordo_ds.disk import write_text
 
 PORTABLE_FORMAT = 1
 MANIFEST = "manifest.json"
+_SHARED = "shared.safetensors"
 _ENGINE = "engine.pt"
 _UNTRAINED = "untrained"
 # Every name that a parameter's tensors may have.
@@ -46,10 +52,10 @@ class _Parameter(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     low_rank: bool
     side: str
-    rank: int
+    rank: NonNegativeInt
 
 
 class _Manifest(BaseModel):
@@ -61,9 +67,9 @@ class _Manifest(BaseModel):
     saved_from: str
     mesh: str
     replicas: PositiveInt
-    settings: dict[str, Any]
+    settings: PlainSettings
     parameters: list[_Parameter]
-    values: dict[str, list[dict[str, int | bool]]]
+    values: dict[str, list[dict[str, NonNegativeInt | bool]]]
     counters: list[Counters]
     bytes_sent: list[dict[str, int]]
     rows: list[list[float]]
@@ -88,15 +94,16 @@ class PortableRun(SavedRun):
         try:
             self._manifest = _Manifest.model_validate(found)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise CheckpointError(f"LoRDO: {self.path / MANIFEST} is damaged: {key}: {first['msg']}") from None
+            raise CheckpointError(f"LoRDO: {self.path / MANIFEST} is damaged: {first_fault(error)}") from None
         self.replicas, self.settings = self._manifest.replicas, self._manifest.settings
         self.mesh = f"portable, from {self._manifest.mesh}"
         self.parameters = {
             one.name: SavedParameter(one.name, one.shape, one.low_rank, one.side, one.rank)
             for one in self._manifest.parameters
         }
+        known = {_SHARED, *map(_file_of, range(min(self.replicas, len(self._manifest.counters))))}
+        if not set(self._manifest.sums) <= known:
+            raise CheckpointError(f"LoRDO: {self.path / MANIFEST} is damaged: its sums are of other files")
         self._files = {name: TensorFile(self.path / name) for name in self._manifest.sums}
         lengths = [len(self._manifest.counters), len(self._manifest.bytes_sent)]
         lengths += [len(one) for one in self._manifest.values.values()]
@@ -110,7 +117,7 @@ class PortableRun(SavedRun):
                     self._keys[owner].append(what)
 
     def _read(self, key: str, replica: int) -> Tensor:
-        for name in (_file_of(replica), "shared.safetensors"):
+        for name in (_file_of(replica), _SHARED):
             if name in self._files and key in self._files[name].entries:
                 if self._files[name].crc(key) != self._manifest.sums[name].get(key):
                     raise CheckpointError(f"LoRDO: {self.path / name}: {key} has changed since it was saved")
@@ -205,7 +212,7 @@ class _Writer:
             if tensor.dtype not in DTYPES:
                 raise CheckpointError(f"LoRDO: {key} is {tensor.dtype}, which a portable checkpoint cannot hold")
         if all(_same(tensors[0], other) for other in tensors[1:]):
-            self._put("shared.safetensors", key, tensors[0])
+            self._put(_SHARED, key, tensors[0])
             return
         for replica, tensor in enumerate(tensors):
             self._put(_file_of(replica), key, tensor)

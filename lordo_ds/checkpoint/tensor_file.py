@@ -8,6 +8,7 @@ blanks, which the format allows. Nothing in such a file can run.
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.layout import CheckpointError
+from lordo_ds.checkpoint.layout import LARGEST, CheckpointError
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -104,6 +105,8 @@ class TensorFile:
                 self.metadata = entry
                 continue
             self.entries[name] = _checked(path, name, entry, size - self._start)
+        if sum(stop - start for _, _, start, stop in self.entries.values()) > size - self._start:
+            raise CheckpointError(f"LoRDO: {path} is damaged: its tensors are more than it holds")
         self._bytes: Tensor | None = None
 
     def read(self, name: str) -> Tensor:
@@ -132,9 +135,10 @@ def _checked(path: Path, name: str, entry: Any, room: int) -> tuple[torch.dtype,
     try:
         dtype, shape = _BY_NAME[entry["dtype"]], tuple(int(size) for size in entry["shape"])
         start, stop = (int(offset) for offset in entry["data_offsets"])
-        fits = 0 <= start <= stop <= room and all(size >= 0 for size in shape)
-    except (KeyError, TypeError, ValueError):
+        fits = 0 <= start <= stop <= room and all(0 <= size <= LARGEST for size in shape) and len(shape) <= 64
+        fits = fits and math.prod(size for size in shape if size) <= LARGEST
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise CheckpointError(f"LoRDO: {path} is damaged: the entry of {name[:80]!r}") from None
-    if not fits or stop - start != torch.Size(shape).numel() * dtype.itemsize:
+    if not fits or stop - start != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"LoRDO: {path} is truncated or damaged: the place of {name[:80]!r}")
     return dtype, shape, start, stop

@@ -11,6 +11,7 @@ from typing import Any
 from lordo_ds.checkpoint import CheckpointError, ReshapedRun, SavedRun, open_run
 from lordo_ds.checkpoint.export import EXPORT_DTYPES, export_hf, export_safetensors
 from lordo_ds.checkpoint.portable import write_portable
+from lordo_ds.cli.printing import printable
 
 _SHOWN_SETTINGS = (
     "rank",
@@ -72,7 +73,7 @@ def _show(chosen: argparse.Namespace) -> None:
         print(json.dumps(facts(run, chosen.parameters), indent=1))
         return
     for line in lines(run, chosen.parameters):
-        print(line)
+        print(printable(line))
 
 
 def facts(run: SavedRun, with_parameters: bool = False) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def facts(run: SavedRun, with_parameters: bool = False) -> dict[str, Any]:
         "ranks": dict(sorted(Counter(str(one.rank) for one in low_rank).items())),
         "bytes": sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()),
         "settings": run.settings,
-        "client_state": sorted(run.engine_state(0).client_state),
+        "client_state": sorted(map(str, run.engine_state(0).client_state)),
     }
     if with_parameters:
         found["parameters"] = [one.__dict__ for one in run.parameters.values()]
@@ -137,7 +138,7 @@ def _reshape(chosen: argparse.Namespace) -> None:
     reshaped = ReshapedRun(run, run.replicas if chosen.replicas is None else chosen.replicas, chosen.rank)
     write_portable(reshaped, chosen.destination)
     for note in reshaped.notes:
-        print(f"lordo: {note}")
+        print(f"lordo: {printable(note)}")
     print(
         f"lordo: wrote {chosen.destination}, {reshaped.replicas} replicas: load it with "
         "lordo_ds.load_checkpoint(engine, path, reshape=True)"

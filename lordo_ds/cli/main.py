@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lordo_ds.cli import ckpt
+from lordo_ds.cli.printing import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen.run(chosen)
     except (ValueError, OSError) as error:
         message = " ".join(str(error).split()).removeprefix("LoRDO: ")
-        print(f"lordo: {message}", file=sys.stderr)
+        print(f"lordo: {printable(message)}", file=sys.stderr)
         return 1
     return 0
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lordo_ds.data.corpus import DataError, content_digest
+from lordo_ds.disk import flush_folder, flush_tree
 
 REMEMBERED_BYTES = 64 << 20
 """Files of this size and more are read whole once; later their path, size and time stand for their content."""
@@ -66,12 +67,14 @@ def build_once(target: Path, build: Callable[[Path], None], say: Callable[[str],
         folder.mkdir()
         try:
             build(folder)
+            flush_tree(folder)  # a name without its content would be taken for a finished build after a loss of power
             try:
                 folder.rename(target)
             except OSError:
                 if not target.is_dir():
                     raise
                 shutil.rmtree(folder, ignore_errors=True)  # another machine was faster
+            flush_folder(target.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,11 @@ import torch
 from torch import Tensor
 
 import lordo_ds
-from lordo_ds.checkpoint import CheckpointError, open_run
-from lordo_ds.checkpoint.files import COMPLETE, file_sum, finish_folder, start_folder, write_complete
+from lordo_ds.checkpoint import CheckpointError, open_run, read_saved
+from lordo_ds.checkpoint.files import COMPLETE, file_sum, write_complete
+from lordo_ds.checkpoint.folders import NewFolder
+from lordo_ds.cli.main import main
+from lordo_ds.disk import old_of, part_of
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import RankFailedError, run_ranks
 
@@ -74,7 +79,7 @@ def never_finished(tag: Path) -> None:
 
 
 def only_a_part(tag: Path) -> None:
-    tag.rename(tag.with_name(tag.name + ".part"))
+    tag.rename(part_of(tag))
 
 
 def newer_list(tag: Path) -> None:
@@ -142,7 +147,7 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     flipped: "optim_states.pt has changed since it was saved",
     file_missing: "optim_states.pt is missing, which complete.json lists",
     never_finished: "has no complete.json: saving it did not finish",
-    only_a_part: "there is no checkpoint .*; a save ended before it was complete and left global_step4.part",
+    only_a_part: "there is no checkpoint .*; a save ended before it was complete and left .global_step4.lordo-part",
     newer_list: "complete.json: format 2 is not 1: install a newer lordo_ds",
     garbled_list: "complete.json is damaged",
     replica_missing: "is missing, which complete.json lists",
@@ -217,26 +222,139 @@ def test_the_same_damages_are_refused_without_processes(saved: Any, tmp_path: Pa
             run.engine_state(0)
 
 
+# -- forged on purpose -------------------------------------------------------------------------------
+
+
+def header_of(state: Any) -> dict[str, Any]:
+    return state["lordo"]  # type: ignore[no-any-return]
+
+
+def fragment_of(state: Any, name: str = "tall") -> dict[str, Any]:
+    return next(one for one in header_of(state)["fragments"] if one["name"] == name)
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def shared(levels: int) -> Any:
+    """Small in a file, and 10^levels values to whoever walks through it."""
+    value: Any = 1
+    for _ in range(levels):
+        value = [value] * 10
+    return value
+
+
+HUGE = 10**12
+FORGED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "mesh of many stages": (lambda s: header_of(s)["mesh"].update(stages=HUGE, slices=HUGE), "not of 10{24}; "),
+    "mesh of many shards": (lambda s: header_of(s)["mesh"].update(shards=HUGE), "the states of 1 ranks, not of 10{12}"),
+    "mesh beyond 64 bits": (lambda s: header_of(s)["mesh"].update(shards=10**30), "damaged: mesh.shards: "),
+    "partitions": (lambda s: fragment_of(s).update(partitions=HUGE, partition_dim=0), "'tall' has 10{12} slices along"),
+    "partition_dim": (lambda s: fragment_of(s).update(partition_dim=7), "'tall' has partition_dim 7 and 2 dimensions"),
+    "partition_stride": (lambda s: fragment_of(s).update(partition_stride=HUGE), "'tall' has 10{12} blocks"),
+    "rank": (lambda s: fragment_of(s).update(rank=HUGE), "'tall' has rank 10{12} of a matrix"),
+    "shape": (lambda s: fragment_of(s).update(shape=(HUGE, 6)), "'tall', which has 60{12}: it is damaged"),
+    "dense shape": (lambda s: fragment_of(s, "bias").update(shape=(HUGE,)), "'bias', which has 10{12}: it is damaged"),
+    "shape and interval": (
+        lambda s: fragment_of(s).update(shape=(HUGE, 6), interval=(0, 6 * HUGE)), "elements of tall, not 60{12}"
+    ),
+    "shape beyond 64 bits": (lambda s: fragment_of(s).update(shape=(2**40, 2**40)), "shape: .*no tensor has so many"),
+    "interval": (lambda s: fragment_of(s).update(interval=(5, 4)), "'tall' has the elements 5 to 4 of"),
+    "tensor": (lambda s: fragment_of(s).update(tensor=HUGE), "has no weights of tall: it is damaged"),
+    "offset": (lambda s: fragment_of(s).update(offset=2**63 - 1), "holds 0 elements of tall"),
+    "settings nested deep": (lambda s: header_of(s)["settings"].update(outer=deep(100)), "nested deeper than"),
+    "settings of many": (lambda s: header_of(s)["settings"].update(outer=shared(12)), "more than 10000 values"),
+    "format nested deep": (lambda s: header_of(s).update(format=deep(100)), "its format is no number"),
+    "format of many digits": (lambda s: header_of(s).update(format=10**200), "its format is no number"),
+    "step": (lambda s: s["state"][0]["tall"].update(step=10**30), "'step' of tall is"),
+    "steps": (lambda s: header_of(s)["counters"].update(syncs=10**200), "damaged: counters.syncs"),
+    "stretched tensor": (
+        lambda s: s["state"][0]["tall"].update(exp_avg=torch.zeros(1).expand(3, 20)), "'exp_avg' of tall is larger"
+    ),
+    "untrained": (
+        lambda s: header_of(s)["engine"].update(untrained=[{"name": "x", "shape": (2,), "partitions": HUGE}]),
+        "'x' has 10{12} slices",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.timeout(60)
+def test_no_count_in_a_header_is_believed_beyond_what_its_file_holds(saved: Any, tmp_path: Path) -> None:
+    """A `mesh` of millions made `lordo ckpt show` run for ever."""
+    tag = tmp_path / TAG
+    shutil.copytree(saved[0] / "intact" / TAG, tag)
+    shutil.rmtree(tag / "replica_1")  # of one replica
+    file = tag / MODEL.replace("mp_rank_00_model", "zero_pp_rank_0_mp_rank_00_optim")
+    intact = torch.load(file, weights_only=False)
+    for name, (forge, pattern) in FORGED.items():
+        forged = copy.deepcopy(intact)
+        header = header_of(forged["optimizer_state_dict"]["base_optimizer_state"])
+        header["mesh"]["replicas"] = 1
+        forge(forged["optimizer_state_dict"]["base_optimizer_state"])
+        torch.save(forged, file)
+        seal(tag)
+        with pytest.raises(CheckpointError, match=pattern) as caught:
+            run = open_run(tmp_path, TAG)
+            for parameter in run.parameters:
+                run.check_state(parameter, 0)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600, name
+
+
+def test_a_compressed_record_is_refused(saved: Any, tmp_path: Path) -> None:
+    """It may unfold to any size."""
+    source = saved[0] / "intact" / TAG / MODEL
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(tmp_path / "new.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for record in old.namelist():
+            new.writestr(record, old.read(record))
+    with pytest.raises(CheckpointError, match="compressed records, which torch does not write"):
+        read_saved(tmp_path / "new.pt")
+    read_saved(source)
+
+
+def test_names_are_printed_as_text(saved: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tag = tmp_path / TAG
+    shutil.copytree(saved[0] / "intact" / TAG, tag)
+
+    def rename(state: Any) -> None:
+        fragment_of(state)["name"] = "ta\x1b[31mll\nline"
+        header_of(state)["settings"]["basis_source"] = "\x1b]0;title\x07"
+
+    changed(tag, rename)
+    file = tag / OPTIMIZER
+    shutil.copy(file, tag / OPTIMIZER.replace("replica_1", "replica_0"))
+    seal(tag)
+    assert main(["ckpt", "show", str(tag), "--parameters"]) == 0
+    said = capsys.readouterr().out
+    assert "ta\\x1b[31mll\\nline" in said and not [one for one in said if not one.isprintable() and one != "\n"]
+    assert main(["ckpt", "show", str(tmp_path / "no\x1b[31m")]) == 1
+    assert "no\\x1b[31m" in capsys.readouterr().err
+
+
 # -- saving that does not finish ---------------------------------------------------------------------
 
 
 def save_and_die(folder: str, at: str) -> None:
     """Save a first time, then again, and end without warning on the way."""
-    from lordo_ds.adapters import checkpoints
+    from lordo_ds.adapters import saving
 
     engine = engine_of()
     for step in range(1, 5):
         train_step(engine, step)
         if step == 3:
             engine.save_checkpoint(folder)
-    original = getattr(checkpoints, at)
+    owner = saving if hasattr(saving, at) else NewFolder
+    original = getattr(owner, at)
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         if engine.global_rank == 0:
             os.kill(os.getpid(), 9)
         return original(*args, **kwargs)
 
-    setattr(checkpoints, at, dies)
+    setattr(owner, at, dies)
     engine.save_checkpoint(folder)
 
 
@@ -251,25 +369,25 @@ def resume(folder: str) -> tuple[int, bool]:
     return loaded, sorted(os.listdir(folder))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize(
-    ("at", "step"), [("file_sum", 3), ("write_complete", 3), ("finish_folder", 3), ("write_text", 3)]
-)
+@pytest.mark.parametrize(("at", "step"), [("file_sum", 3), ("write_complete", 3), ("finish", 3), ("write_text", 3)])
 def test_a_crash_while_saving_leaves_the_checkpoint_before(tmp_path: Path, at: str, step: int) -> None:
     with pytest.raises(RankFailedError):
         run_ranks(save_and_die, 2, str(tmp_path), at)
     assert (tmp_path / "latest").read_text() == "global_step3"
     for loaded, files in run_ranks(resume, 2, str(tmp_path)):
-        assert loaded == step and "again" in files and "again.part" not in files and "again.old" not in files
+        assert loaded == step and "again" in files and not [name for name in files if name.startswith(".")]
 
 
 def test_a_directory_that_was_being_replaced_is_put_back(saved: Any, tmp_path: Path) -> None:
     shutil.copytree(saved[0] / "intact" / TAG, tmp_path / TAG)
-    (tmp_path / TAG).rename(tmp_path / (TAG + ".old"))  # between the two renames of finish_folder
+    (tmp_path / TAG).rename(old_of(tmp_path / TAG))  # between the two renames
     assert open_run(tmp_path, TAG).replicas == 2
     assert (tmp_path / TAG).is_dir()
-    part = start_folder(tmp_path / TAG)
-    (part / "new").write_text("")
-    finish_folder(tmp_path / TAG)
+    new = NewFolder(tmp_path / TAG)
+    (new.path / "new").write_text("")
+    write_complete(new.path, {"new": (0, 0)})
+    new.finish()
+    new.remove_old()
     assert [path.name for path in tmp_path.iterdir()] == [TAG] and (tmp_path / TAG / "new").exists()
 
 

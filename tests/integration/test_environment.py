@@ -98,6 +98,19 @@ def test_an_environment_that_others_made_is_not_deleted(machine: Machine) -> Non
     assert done.returncode == 1 and "cannot use them" in done.stderr and (machine.folder / ".venv" / "mine").exists()
 
 
+def test_a_directory_that_is_no_environment_is_not_cleared(machine: Machine) -> None:
+    """`python -m venv --clear` would: an environment without pip, as uv makes them, or anything else in LORDO_VENV."""
+    for _ in range(2):
+        (machine.folder / "theirs").mkdir(exist_ok=True)
+        (machine.folder / "theirs" / "mine").touch()
+        done = machine.source(gpus=0, LORDO_VENV=str(machine.folder / "theirs"))
+        assert done.returncode == 1 and "holds something else" in done.stderr, done.stdout + done.stderr
+        assert (machine.folder / "theirs" / "mine").exists()
+    (machine.folder / "theirs.lock").write_text("building")  # one that was cut short is made anew
+    done = machine.source(gpus=0, LORDO_VENV=str(machine.folder / "theirs"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_hidden_gpus_do_not_count(machine: Machine) -> None:
     for visible, count in (("4,5", "2 GPUs, cuda"), ("", "0 GPUs, cpu"), ("0,1,2,3,4,5,6,7", "4 GPUs, cuda")):
         assert count in machine.source(gpus=4, CUDA_VISIBLE_DEVICES=visible).stdout

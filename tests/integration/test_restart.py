@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 sys.path.insert(0, str(LAUNCHERS))
@@ -91,10 +93,57 @@ def test_older_saves_than_asked_for_are_deleted_but_not_those_of_another_run(
     keep = ("--keep-saves", "2")
     run_here(tmp_path, "run", "--train-steps", "12", *keep, capsys=capsys)
     assert saves(tmp_path / "run") == {"global_step10", "global_step12"}
-    run_here(tmp_path, "run", "--train-steps", "24", *keep, "--resume", capsys=capsys)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "global_step5").mkdir()
+    for theirs in ("global_step5", "global_step10"):
+        (folder / theirs / "notes.txt").write_text("mine")
+    damaged = (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines(True)
+    damaged[8] = b"\0" * 100 + b"\n"  # as a crash may leave it
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(b"".join(damaged))
+    said = run_here(tmp_path, "run", "--train-steps", "24", *keep, "--resume", capsys=capsys)
+    assert "line 9 is damaged (zeros): of the 12 rows before the checkpoint those up to step 8 are kept" in said
+    assert [row["step"] for row in rows(tmp_path / "run")] == [*range(1, 9), *range(13, 25)]
+    for theirs in ("global_step5", "global_step10"):
+        assert f"--keep-saves: not deleted: LoRDO: {folder / theirs}" in said
+        shutil.rmtree(folder / theirs)
     assert saves(tmp_path / "run") == {"global_step20", "global_step24"}
-    run_here(tmp_path, "run", "--train-steps", "34", "--keep-saves", "1", capsys=capsys)  # anew
+    said = run_here(tmp_path, "run", "--train-steps", "34", "--keep-saves", "1", capsys=capsys)  # anew
     assert saves(tmp_path / "run") == {"global_step24", "global_step34"}
+    assert "metrics.jsonl was an earlier run's: it is now metrics_of_earlier_run.jsonl" in said
+    assert not (tmp_path / "run" / "in_use.lordo.json").exists()
+
+
+def claim_output(folder: str) -> list[str]:
+    from _output_dir import claimed
+
+    from lordo_ds.adapters import shared_folder
+
+    shared_folder.SEEN_WITHIN_S = 0.3
+    os.environ["RANK"] = str(dist.get_rank())
+    said = []
+    for output in (f"{folder}/{{}}/run", f"{folder}/run"):
+        with pytest.raises(ValueError) as caught, claimed(Path(output.format(f"node{dist.get_rank()}"))):
+            pass
+        said.append(str(caught.value))
+    with claimed(Path(folder, "free")) as claim:
+        assert (claim is None) == (dist.get_rank() > 0)
+    with pytest.raises(KeyError), claimed(Path(folder, "free")):
+        raise KeyError
+    return said
+
+
+def test_an_output_directory_is_shared_by_all_nodes_and_by_no_other_job(tmp_path: Path) -> None:
+    from lordo_ds.checkpoint.claim import Claim
+
+    (tmp_path / "run").mkdir()
+    other = Claim.take(tmp_path / "run" / "in_use.lordo.json", "it")  # this process is the other job
+    first, second = run_ranks(claim_output, 2, str(tmp_path))
+    assert first == second
+    assert "rank 1 (" in first[0] and f"{tmp_path}/node1/run) do not see what rank 0" in first[0]
+    assert f"--output-dir {tmp_path}/run is in use by process {os.getpid()} on " in first[1]
+    other.check()
+    other.release()
+    assert not list((tmp_path / "node0" / "run").iterdir()) and not list((tmp_path / "free").iterdir())
 
 
 def test_a_new_run_in_an_old_directory_does_not_come_back_as_the_old_one(

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lordo_ds.checkpoint import CheckpointError, ReshapedRun, open_run, read_saved, rng_state, set_rng_state
-from lordo_ds.checkpoint.files import COMPLETE, find_tag, read_complete, whole_folder
+from lordo_ds.checkpoint.files import COMPLETE, find_tag, read_complete
+from lordo_ds.checkpoint.folders import whole_folder
 from lordo_ds.checkpoint.layout import Counters, FragmentLayout, Header
 from lordo_ds.checkpoint.pieces import Place, check_part, cut, join, part_shape, slicing_dim
 from lordo_ds.checkpoint.portable import PortableRun, write_portable
@@ -290,6 +291,48 @@ def test_a_changed_byte_of_a_portable_checkpoint_is_refused_or_harmless(
         assert bytes(changed) == original or name == COMPLETE, "opened in spite of a changed file"
     finally:
         (folder / name).write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m.update(replicas=10**12), "does not list every replica's values"),
+        (lambda m: m.update(replicas=10**30), "is damaged: replicas: "),
+        (lambda m: m["parameters"][0].update(shape=[10**12, 4]), "the weight of w is missing or damaged"),
+        (
+            lambda m: m["parameters"][0].update(shape=[2**40, 2**40]),
+            "is damaged: parameters.0.shape: .*so many elements",
+        ),
+        (lambda m: m["parameters"][0].update(rank=10**12), "'basis' of w is|of w is .*damaged"),
+        (lambda m: m["parameters"][0].update(rank=-1), "is damaged: parameters.0.rank"),
+        (lambda m: m["values"]["w"][0].update(step=10**30), "is damaged: values.w.0.step"),
+        (lambda m: m["values"]["w"][0].update(weight=1), "the weight of w is missing or damaged"),
+        (lambda m: m["sums"].update({"../../elsewhere": {}}), "is damaged: its sums are of other files"),
+        (lambda m: m["settings"].update(deep=json.loads("[" * 50 + "]" * 50)), "nested deeper than"),
+    ],
+)
+def test_no_count_in_a_manifest_is_believed_beyond_what_its_files_hold(tmp_path: Path, change: Any, words: str) -> None:
+    write_portable(MemoryRun(), tmp_path / "p")
+    path = tmp_path / "p" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    (tmp_path / "p" / COMPLETE).write_text(json.dumps({"format": 1, "files": {}}))
+    with pytest.raises(CheckpointError, match=words):
+        run = PortableRun(tmp_path / "p")
+        for name in run.parameters:
+            run.check_state(name, 0)
+
+
+def test_tensors_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
+    """Each of a million names could be all of the file."""
+    with TensorWriter(tmp_path / "f", ["a", "b"]) as writer:
+        writer.add("a", torch.zeros(100))
+        writer.add("b", torch.zeros(100))
+    data = (tmp_path / "f").read_bytes()
+    (tmp_path / "f").write_bytes(data.replace(b"[0, 400]", b"[0, 800]").replace(b"[100]", b"[200]", 1))
+    with pytest.raises(CheckpointError, match="its tensors are more than it holds"):
+        TensorFile(tmp_path / "f")
 
 
 # -- files -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Layers from the ground up: each may import itself and what stands before it, never what stands after.
 LAYERS = (
+    "lordo_ds.disk",
     "lordo_ds.config",
     "lordo_ds.core",
     "lordo_ds.checkpoint",
