@@ -125,6 +125,18 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
         """
         inside = inside or InsideReplica()
+        self.watchdog = watch_ranks(self.config.sync_timeout_s, wire, inside, owner=self)
+        with self.watchdog.starting():
+            self._attach(flats, wire, inside, tied, resuming)
+
+    def _attach(
+        self,
+        flats: Sequence[FlatTensor],
+        wire: ReplicaWire,
+        inside: InsideReplica,
+        tied: Sequence[TiedWeight],
+        resuming: bool,
+    ) -> None:
         group_of = {tensor: group for group in self.param_groups for tensor in group["params"]}
         pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
         facts = [piece.facts for _, piece in pieces]
@@ -162,10 +174,6 @@ class LoRDO(torch.optim.Optimizer):
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start(resuming):
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
-        ledgers = [comm.ledger for comm in (wire, inside.shard, inside.tensor, inside.everyone, inside.rows)]
-        self.watchdog = watch_ranks(
-            self.config.sync_timeout_s, lambda: sum(ledger.total_bytes for ledger in ledgers), owner=self
-        )
 
     @staticmethod
     def _check_alike(fragments: Sequence[Fragment], inside: InsideReplica) -> None:

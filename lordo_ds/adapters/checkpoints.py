@@ -47,6 +47,7 @@ from lordo_ds.checkpoint.native import optimizer_files, read_part, replica_numbe
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.rng import rng_state, set_rng_state
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
+from lordo_ds.dist.liveness import LOAD, SAVE
 from lordo_ds.optimizer import LoRDO
 
 RANKS = "ranks.pt"  # what each rank keeps for itself: random generators, rows that wait for a sync
@@ -123,6 +124,10 @@ def _whole_or_not(engine: Any, groups: ReplicaGroups, original: Any) -> Any:
 
     @functools.wraps(original)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with engine.basic_optimizer.watchdog.during(SAVE):
+            return save(*args, **kwargs)
+
+    def save(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         asked = bound.arguments
@@ -222,6 +227,10 @@ def _checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], Non
 
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with engine.basic_optimizer.watchdog.during(LOAD):
+            return load(*args, **kwargs)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
         asked = signature.bind(*args, **kwargs).arguments
         weights_only = not asked.get("load_optimizer_states", True) or asked.get("load_module_only", False)
         if weights_only and engine.zero_optimization_partition_weights():
