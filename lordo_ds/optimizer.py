@@ -125,7 +125,9 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
         """
         inside = inside or InsideReplica()
-        self.watchdog = watch_ranks(self.config.sync_timeout_s, wire, inside, owner=self)
+        if type(self.watchdog) is Unwatched:
+            self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)
+        self.watchdog.follow(wire, inside)
         with self.watchdog.starting():
             self._attach(flats, wire, inside, tied, resuming)
 
@@ -207,7 +209,9 @@ class LoRDO(torch.optim.Optimizer):
                 )
         wire, twins = ReplicaWire(), InsideComm()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
+            self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
+            with self.watchdog.starting():
+                groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
             if groups.layout.replica_count > 1:
                 twins = InsideComm(groups.shard)
                 wire = ReplicaWire(groups.replica, twins)

@@ -32,21 +32,19 @@ class Heartbeat(threading.Thread):
 
     Args:
         timeout_s: how long a rank may be silent.
-        replica: the first rank of this one's replica.
-        groups: names of the process groups inside it.
 
     Raises:
         RuntimeError: the process group has no store.
     """
 
-    def __init__(self, timeout_s: float, replica: int, groups: Sequence[str]) -> None:
+    def __init__(self, timeout_s: float) -> None:
         super().__init__(name="lordo-heartbeat", daemon=True)
         self.rank, world = dist.get_rank(), dist.get_world_size()
         self.beat_s = min(timeout_s / 10, max(_LONGEST_BEAT_S, world / 100))
         self.process = Process.this()
         self.main_thread, self._native_thread = threading.get_ident(), threading.get_native_id()
-        self._groups = groups
-        self.report = Report(replica=replica)
+        self._groups: Sequence[str] = ()
+        self.report = Report(replica=self.rank)
         self.motion: object = None
         self.begun = 0
         self.peers = [Peer(rank) for rank in range(world) if rank != self.rank]
@@ -61,6 +59,11 @@ class Heartbeat(threading.Thread):
         # Each rank counts its own heartbeats in this process group: all create them at the same points.
         count = store.add(f"lordo/heartbeats_of/{self.rank}", 1)
         self._store: Any = distributed_c10d.PrefixStore(f"lordo/heartbeat/{count}", store)
+
+    def follow(self, replica: int, groups: Sequence[str]) -> None:
+        """The first rank of this one's replica, and the names of the process groups inside it."""
+        self._groups = groups
+        self.tell(replica=replica)
 
     def follow_this_thread(self) -> None:
         """The calling thread is the one that trains."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
 
@@ -22,6 +23,7 @@ from lordo_ds.dist.broken_connections import first_line, gist, lost_connection, 
 from lordo_ds.dist.heartbeat import Heartbeat
 from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.last_words import flush, say, say_unwatched
+from lordo_ds.dist.ledger import ByteLedger
 from lordo_ds.dist.liveness import (
     END,
     LEFT,
@@ -35,7 +37,7 @@ from lordo_ds.dist.liveness import (
     why_a_collective_failed,
     why_it_ends,
 )
-from lordo_ds.dist.timeouts import Limits, limits_of_groups, same_ranks
+from lordo_ds.dist.timeouts import Limits, limits_of_groups, same_ranks, timeout_of
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
@@ -46,6 +48,9 @@ EXIT_CODE_AGAIN_THE_SAME = 65  # EX_DATAERR: it would end like this again
 
 class Unwatched:
     """Does nothing: this rank is alone, or its process group has no key-value store."""
+
+    def follow(self, wire: ReplicaWire, inside: InsideReplica) -> None:
+        pass
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -66,37 +71,28 @@ class Unwatched:
         pass
 
 
-def watch_ranks(timeout_s: float, wire: ReplicaWire, inside: InsideReplica, owner: object) -> Watchdog | Unwatched:
+def watch_ranks(timeout_s: float, owner: object) -> Watchdog | Unwatched:
     """A watchdog for as long as the owner lives and does not stop it; all ranks call this at the same point."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Unwatched()
-    within = [comm.group for comm in (inside.shard, inside.tensor, inside.everyone, inside.rows)]
-    ledgers = [comm.ledger for comm in (wire, inside.shard, inside.tensor, inside.everyone, inside.rows)]
-    replica = min([dist.get_rank(), *(rank for one in within if one for rank in dist.get_process_group_ranks(one))])
     try:
-        limits = limits_of_groups(timeout_s, [wire.group, *within])
-        heartbeat = Heartbeat(
-            limits.step_s, replica, same_ranks([inside.shard.group, inside.rows.group, inside.tensor.group])
-        )
+        watchdog = Watchdog(timeout_s)
     except (RuntimeError, AttributeError, NotImplementedError) as error:  # a backend such as MPI has no store
         logger.warning("LoRDO: nobody watches for dead or frozen processes: %s", str(error).partition("\n")[0])
         return Unwatched()
-    watchdog = Watchdog(heartbeat, limits, lambda: sum(ledger.total_bytes for ledger in ledgers))
     weakref.finalize(owner, watchdog.stop).atexit = False  # the watchdog sees to that itself
     return watchdog
 
 
 class Watchdog(Unwatched):
-    """Judges, in a thread that nothing blocks, what the heartbeat thread hears from the other ranks.
+    """Judges, in a thread that nothing blocks, what the heartbeat thread hears from the other ranks."""
 
-    Args:
-        progress: a number that changes whenever a collective ends; another thread calls it. It must not hold on to
-            the owner.
-    """
-
-    def __init__(self, heartbeat: Heartbeat, limits: Limits, progress: Callable[[], int]) -> None:
-        self._heartbeat, self._limits, self._progress = heartbeat, limits, progress
-        self._tick_s = min(1.0, limits.step_s / 20)
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._limits = Limits.of(timeout_s, timeout_of(dist.group.WORLD) or math.inf)
+        self._ledgers: list[ByteLedger] = []
+        self._heartbeat = Heartbeat(self._limits.step_s)
+        self._tick_s = min(1.0, self._limits.step_s / 20)
         self._pid = os.getpid()
         self._before_first_step = True
         self._stall, self._deaf_s = Stall(), 0.0
@@ -108,6 +104,16 @@ class Watchdog(Unwatched):
         self._judge.start()
 
     # -- what the main thread says -------------------------------------------------------------------
+
+    def follow(self, wire: ReplicaWire, inside: InsideReplica) -> None:
+        """The groups that the ranks wait for each other in."""
+        comms = [wire, inside.shard, inside.tensor, inside.everyone, inside.rows]
+        self._limits = limits_of_groups(self._timeout_s, [comm.group for comm in comms])
+        self._ledgers = [comm.ledger for comm in comms]
+        inner = [comm.group for comm in comms[1:] if comm.group is not None]
+        replica = min([dist.get_rank(), *(rank for group in inner for rank in dist.get_process_group_ranks(group))])
+        names = same_ranks([inside.shard.group, inside.rows.group, inside.tensor.group])
+        self._heartbeat.follow(replica, names)
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -230,7 +236,7 @@ class Watchdog(Unwatched):
 
     def _progress_now(self) -> tuple[int, int]:
         try:
-            return self._progress(), self._heartbeat.begun
+            return sum(ledger.total_bytes for ledger in self._ledgers), self._heartbeat.begun
         except RuntimeError:  # a dictionary grew in the main thread: something is going on
             return -1, -1
 
