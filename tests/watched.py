@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ WORLD, TIMEOUT_S, FAULT_STEP, STEPS = 3, 2.0, 5, 8
 PROCESS_NAME = ") R (train\nün".encode() + "é".encode()[:1]
 
 Fault = Callable[[int, int], None]
+_starting = threading.Lock()
 
 
 @dataclass
@@ -53,6 +55,7 @@ def train(fault: Fault, timeout_s: float, **settings: Any) -> None:
 
 def _rank_main(rank: int, world: int, folder: str, port: int, job: Callable[..., None], given: tuple[Any, ...]) -> None:
     harness._redirect_output(Path(folder) / f"output{rank}.txt")
+    os.chdir(folder)
     Path("/proc/self/comm").write_bytes(PROCESS_NAME)
     os.environ.update(GLOO_SOCKET_IFNAME="lo", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -64,7 +67,8 @@ def _rank_main(rank: int, world: int, folder: str, port: int, job: Callable[...,
 
 def run(folder: Path, job: Callable[..., None], *given: Any, world: int = WORLD, wait_s: float = 60.0) -> list[End]:
     """The ends of all ranks, those that end by themselves within `wait_s` of the start of `job(*given)`."""
-    harness._ensure_server()
+    with _starting:
+        harness._ensure_server()
     context = multiprocessing.get_context("forkserver")
     port = harness.free_port()
     arguments = [(rank, world, str(folder), port, job, given) for rank in range(world)]

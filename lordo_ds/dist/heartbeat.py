@@ -40,7 +40,7 @@ class Heartbeat(threading.Thread):
     def __init__(self, timeout_s: float) -> None:
         super().__init__(name="lordo-heartbeat", daemon=True)
         self.rank, world = dist.get_rank(), dist.get_world_size()
-        self.beat_s = min(timeout_s / 10, max(_LONGEST_BEAT_S, world / 100))
+        self.beat_s = self._beat_s(timeout_s)
         self.process = Process.this()
         self.main_thread, self._native_thread = threading.get_ident(), threading.get_native_id()
         self._groups: Sequence[str] = ()
@@ -60,10 +60,15 @@ class Heartbeat(threading.Thread):
         count = store.add(f"lordo/heartbeats_of/{self.rank}", 1)
         self._store: Any = distributed_c10d.PrefixStore(f"lordo/heartbeat/{count}", store)
 
-    def follow(self, replica: int, groups: Sequence[str]) -> None:
-        """The first rank of this one's replica, and the names of the process groups inside it."""
-        self._groups = groups
+    @staticmethod
+    def _beat_s(timeout_s: float) -> float:
+        return min(timeout_s / 10, max(_LONGEST_BEAT_S, dist.get_world_size() / 100))
+
+    def follow(self, replica: int, groups: Sequence[str], timeout_s: float) -> None:
+        """The first rank of this one's replica, the names of the process groups inside it, and what they allow."""
+        self._groups, self.beat_s = groups, self._beat_s(timeout_s)
         self.tell(replica=replica)
+        self.ask()
 
     def follow_this_thread(self) -> None:
         """The calling thread is the one that trains."""

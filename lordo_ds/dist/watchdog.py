@@ -92,7 +92,6 @@ class Watchdog(Unwatched):
         self._limits = Limits.of(timeout_s, timeout_of(dist.group.WORLD) or math.inf)
         self._ledgers: list[ByteLedger] = []
         self._heartbeat = Heartbeat(self._limits.step_s)
-        self._tick_s = min(1.0, self._limits.step_s / 20)
         self._pid = os.getpid()
         self._before_first_step = True
         self._stall, self._deaf_s = Stall(), 0.0
@@ -113,7 +112,7 @@ class Watchdog(Unwatched):
         inner = [comm.group for comm in comms[1:] if comm.group is not None]
         replica = min([dist.get_rank(), *(rank for group in inner for rank in dist.get_process_group_ranks(group))])
         names = same_ranks([inside.shard.group, inside.rows.group, inside.tensor.group])
-        self._heartbeat.follow(replica, names)
+        self._heartbeat.follow(replica, names, self._limits.step_s)
 
     @contextmanager
     def starting(self) -> Iterator[None]:
@@ -229,6 +228,10 @@ class Watchdog(Unwatched):
             heartbeat.report, heartbeat.rank, self._stall, heartbeat.peers, heartbeat.process, self._patience
         )
         return self._verdict(finding) if finding.reason else ""
+
+    @property
+    def _tick_s(self) -> float:
+        return min(1.0, self._limits.step_s / 20)
 
     @property
     def _patience(self) -> Patience:

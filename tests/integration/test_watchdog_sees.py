@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,8 @@ import lordo_ds
 from lordo_ds.dist import watchdog
 from lordo_ds.dist.heartbeat import Heartbeat
 from lordo_ds.dist.watchdog import EXIT_CODE_AGAIN_THE_SAME
-from tests.watched import FAULT_STEP, STEPS, check, run, train
+from lordo_ds.dist.whereabouts import whereabouts
+from tests.watched import FAULT_STEP, STEPS, End, check, run, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]
 
@@ -31,12 +36,7 @@ LONG_S = 100.0
 def _hold_up_rank_1_in_the_first_step(rank: int, step: int) -> None:
     if (rank, step) == (1, 1):
         time.sleep(6.0)
-
-
-def test_a_rank_stuck_in_its_first_step_is_named(tmp_path: Path) -> None:
-    """Without an engine it is heard of only from the end of that step on."""
-    ends = run(tmp_path, train, _hold_up_rank_1_in_the_first_step, 1.0, world=2)
-    check(ends, [0], ("at the start: rank 1 has never been heard of", "Last completed sync: none"))
+        os._exit(1)  # as the launcher would have it by now
 
 
 def _end_rank_1_early(rank: int, step: int) -> None:
@@ -55,22 +55,6 @@ def _interrupt_rank_1(rank: int, step: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_a_rank_that_is_out_of_data_first_is_not_called_killed(tmp_path: Path) -> None:
-    ends = run(tmp_path, train, _end_rank_1_early, TIMEOUT_S)
-    words = ("rank 1 left after step 4", "equally many batches", "A restart would end in the same")
-    assert ends[1].exit_code == 0
-    check(ends, [0, 2], words, (EXIT_CODE_AGAIN_THE_SAME,))
-    assert not any(word in end.output for end in ends for word in ("killed", "Restart from")), ends
-
-
-@pytest.mark.parametrize(
-    "fault, words",
-    [(_end_rank_1_with_a_code, "rank 1 ended with SystemExit: 3"), (_interrupt_rank_1, "rank 1 ended with Keyboard")],
-)
-def test_how_a_rank_ended_otherwise_is_told(tmp_path: Path, fault: Any, words: str) -> None:
-    check(run(tmp_path, train, fault, TIMEOUT_S), [0, 2], (words, "Restart from the last checkpoint"))
-
-
 def _fail_in_our_threads(rank: int, step: int) -> None:
     """The heartbeat's on rank 1, that which judges on rank 2."""
 
@@ -83,15 +67,6 @@ def _fail_in_our_threads(rank: int, step: int) -> None:
         watchdog.why_it_ends = fail
     if step == STEPS + 1:
         time.sleep(3 * TIMEOUT_S)  # the others must not call it silent
-
-
-def test_a_run_goes_on_when_a_thread_of_the_watchdog_fails_and_says_so(tmp_path: Path) -> None:
-    ends = run(tmp_path, train, _fail_in_our_threads, TIMEOUT_S)
-    assert [end.exit_code for end in ends] == [0, 0, 0], ends
-    assert not ends[0].lines, ends
-    for rank, which in ((1, "heartbeat"), (2, "watchdog")):
-        assert f"the {which} of rank {rank} failed (KeyError: 'lost')" in ends[rank].output, ends
-        assert "is not noticed here any more" in ends[rank].output
 
 
 def _nobody_reads_stderr(rank: int, step: int) -> None:
@@ -108,14 +83,9 @@ def _nobody_reads_stderr(rank: int, step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_it_ends_although_nobody_reads_its_stderr(tmp_path: Path) -> None:
-    ends = run(tmp_path, train, _nobody_reads_stderr, TIMEOUT_S, world=2, wait_s=30.0)
-    assert ends[0].exit_code == watchdog.EXIT_CODE, ends
-
-
-def _train_in_impatient_groups(timeout_s: float) -> None:
-    """As DeepSpeed's with NCCL: their timeout is our own's default."""
-    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_s)
+def _train_in_impatient_groups(group_timeout_s: float, timeout_s: float) -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    distributed_c10d.default_pg_timeout = timedelta(seconds=group_timeout_s)
     train(_hold_up_rank_1, timeout_s)
 
 
@@ -124,13 +94,13 @@ def _hold_up_rank_1(rank: int, step: int) -> None:
         time.sleep(LONG_S)
 
 
-def test_the_watchdog_speaks_before_the_process_groups_own_timeout(tmp_path: Path) -> None:
-    ends = run(tmp_path, _train_in_impatient_groups, 4.0, world=2)
-    check(ends, [0, 1], ("rank 1 is past step 4", "_hold_up_rank_1"))
-    assert not any("Timed out" in end.output for end in ends), ends
+def _say_where_the_main_thread_is() -> None:
+    def look() -> None:
+        while threading.main_thread().is_alive():
+            time.sleep(0.01)
+        print(whereabouts(threading.main_thread().ident or 0).place)
 
-
-# -- in an engine ------------------------------------------------------------------------------------
+    threading.Thread(target=look, name="loader").start()
 
 
 class Net(nn.Module):
@@ -142,7 +112,7 @@ class Net(nn.Module):
         return self.second(self.first(x)).square().mean()
 
 
-def _train_engine(fault: Any, folder: str) -> None:
+def _train_engine(fault: Any) -> None:
     """One replica of all ranks, at ZeRO 3."""
     import deepspeed
 
@@ -158,7 +128,7 @@ def _train_engine(fault: Any, folder: str) -> None:
         engine.step()
         if step == FAULT_STEP:
             fault(dist.get_rank(), "save", engine)
-            lordo_ds.save_checkpoint(engine, folder)
+            lordo_ds.save_checkpoint(engine, "saved")
 
 
 def _stuck_in_the_first_step(rank: int, moment: Any, engine: Any = None) -> None:
@@ -181,19 +151,22 @@ def _stuck_in_the_save(rank: int, moment: Any, engine: Any = None) -> None:
         engine.checkpoint_engine.save = lambda state_dict, path: time.sleep(LONG_S)
 
 
-@pytest.mark.deepspeed
-@pytest.mark.parametrize(
-    "fault, words",
-    [
-        (_stuck_in_the_first_step, ("rank 1 is past step 0", "_stuck_in_the_first_step", "sync: none")),
-        (_stuck_in_the_data, ("in a collective of its replica", "rank 1 is past step 4", "_stuck_in_the_data")),
-        (_stuck_before_the_save, ("in the save after step 5: rank 1 is past step 5", "_stuck_before_the_save")),
-        (_stuck_in_the_save, ("rank 1 has neither read nor written anything", "in the save after step 5")),
-    ],
-)
-def test_a_rank_stuck_inside_a_replica_or_in_a_save_is_named(tmp_path: Path, fault: Any, words: Any) -> None:
-    ends = run(tmp_path, _train_engine, fault, str(tmp_path / "saved"), world=2)
-    check(ends, [0, 1], words)
+def _train_pipeline(fault: Any) -> None:
+    """Two stages, of one replica; what they send each other is counted in no group of the replica's."""
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        fault(dist.get_rank(), step)
+        return (output - target).square().mean()
+
+    deepspeed.init_distributed("gloo")
+    module = PipelineModule([nn.Linear(6, 6), nn.Linear(6, 6)], num_stages=2, loss_fn=loss)
+    params = {"rank": 2, "sync_interval": 4, "sync_timeout_s": TIMEOUT_S}
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "LoRDO", "params": params}}
+    engine = deepspeed.initialize(model=module, config={**config, "steps_per_print": 10**9})[0]
+    for step in range(1, STEPS + 1):  # noqa: B007 - the loss function reads it
+        engine.train_batch(iter([(torch.ones(1, 6), torch.ones(1, 6))]))
 
 
 def _write_slowly(rank: int, moment: Any, engine: Any = None) -> None:
@@ -202,18 +175,127 @@ def _write_slowly(rank: int, moment: Any, engine: Any = None) -> None:
 
         def on_a_slow_disk(state_dict: Any, path: str) -> Any:
             with open(f"{path}.slow", "wb", buffering=0) as stream:
-                for _ in range(30):
+                for _ in range(20):
                     stream.write(b"x")
-                    time.sleep(0.25)
+                    time.sleep(0.3)
             os.remove(f"{path}.slow")
             return save(state_dict, path)
 
         engine.checkpoint_engine.save = on_a_slow_disk
 
 
+# -- the cases ---------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[int, tuple[Any, ...]]] = {  # ranks, and what they run
+    "first step": (2, (train, _hold_up_rank_1_in_the_first_step, 1.0)),
+    "out of data": (3, (train, _end_rank_1_early, TIMEOUT_S)),
+    "exit code": (3, (train, _end_rank_1_with_a_code, TIMEOUT_S)),
+    "interrupt": (3, (train, _interrupt_rank_1, TIMEOUT_S)),
+    "own failure": (3, (train, _fail_in_our_threads, TIMEOUT_S)),
+    "full pipe": (2, (train, _nobody_reads_stderr, TIMEOUT_S)),
+    "impatient groups": (2, (_train_in_impatient_groups, 5.0, 30.0)),
+    "thread": (1, (_say_where_the_main_thread_is,)),
+    "first step of an engine": (2, (_train_engine, _stuck_in_the_first_step)),
+    "data": (2, (_train_engine, _stuck_in_the_data)),
+    "before a save": (2, (_train_engine, _stuck_before_the_save)),
+    "save": (2, (_train_engine, _stuck_in_the_save)),
+    "slow disk": (2, (_train_engine, _write_slowly)),
+    "pipeline": (2, (_train_pipeline, _stuck_in_the_data)),
+}
+
+
+@pytest.fixture(scope="module")
+def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
+    """Of the cases that the chosen tests ask for: three at a time, for most of their time is waiting."""
+    asked = [item.callspec.params for item in request.session.items if item.fspath == request.fspath]
+    names = dict.fromkeys(params["ends"] for params in asked)
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in names}
+    with ThreadPoolExecutor(3) as pool:
+        yield {name: pool.submit(run, folders[name], *CASES[name][1], world=CASES[name][0]) for name in names}
+
+
+@pytest.fixture
+def ends(request: pytest.FixtureRequest, launches: dict[str, Future]) -> list[End]:
+    return launches[request.param].result()
+
+
+# -- what is seen ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends", ["first step"], indirect=True)
+def test_a_rank_stuck_in_its_first_step_is_named(ends: list[End]) -> None:
+    """Without an engine it is heard of only from the end of that step on."""
+    check(ends, [0], ("at the start: rank 1 has never been heard of", "Last completed sync: none"))
+
+
+@pytest.mark.parametrize("ends", ["out of data"], indirect=True)
+def test_a_rank_that_is_out_of_data_first_is_not_called_killed(ends: list[End]) -> None:
+    words = ("rank 1 left after step 4", "equally many batches", "A restart would end in the same")
+    assert ends[1].exit_code == 0
+    check(ends, [0, 2], words, (EXIT_CODE_AGAIN_THE_SAME,))
+    assert not any(word in end.output for end in ends for word in ("killed", "Restart from")), ends
+
+
+@pytest.mark.parametrize(
+    "ends, words",
+    [("exit code", "rank 1 ended with SystemExit: 3"), ("interrupt", "rank 1 ended with KeyboardInterrupt")],
+    indirect=["ends"],
+)
+def test_how_a_rank_ended_otherwise_is_told(ends: list[End], words: str) -> None:
+    check(ends, [0, 2], (words, "Restart from the last checkpoint"))
+
+
+@pytest.mark.parametrize("ends", ["own failure"], indirect=True)
+def test_a_run_goes_on_when_a_thread_of_the_watchdog_fails_and_says_so(ends: list[End]) -> None:
+    assert [end.exit_code for end in ends] == [0, 0, 0], ends
+    assert not ends[0].lines, ends
+    for rank, which in ((1, "heartbeat"), (2, "watchdog")):
+        assert f"the {which} of rank {rank} failed (KeyError: 'lost')" in ends[rank].output, ends
+        assert "is not noticed here any more" in ends[rank].output
+
+
+@pytest.mark.parametrize("ends", ["full pipe"], indirect=True)
+def test_it_ends_although_nobody_reads_its_stderr(ends: list[End]) -> None:
+    assert ends[0].exit_code == watchdog.EXIT_CODE, ends
+
+
+@pytest.mark.parametrize("ends", ["impatient groups"], indirect=True)
+def test_the_watchdog_speaks_before_the_process_groups_own_timeout(ends: list[End]) -> None:
+    check(ends, [0, 1], ("rank 1 is past step 4", "_hold_up_rank_1"))
+    said = "sync_timeout_s = 30: the process groups give up after 5 s, so 4 s are used"
+    assert ends[0].output.count(said) == 1, ends[0].output
+    assert not any("Timed out" in end.output for end in ends), ends
+
+
+@pytest.mark.parametrize("ends", ["thread"], indirect=True)
+def test_a_rank_that_a_thread_keeps_alive_says_so(ends: list[End]) -> None:
+    assert ends[0].output.strip() == "its end, waiting for the thread(s) loader"
+
+
 @pytest.mark.deepspeed
-def test_a_slow_disk_is_no_fault(tmp_path: Path) -> None:
-    """Five times the timeout in one save."""
-    ends = run(tmp_path, _train_engine, _write_slowly, str(tmp_path / "saved"), world=2)
+@pytest.mark.parametrize(
+    "ends, words",
+    [
+        ("first step of an engine", ("rank 1 is past step 0", "_stuck_in_the_first_step", "sync: none")),
+        ("data", ("in a collective of its replica", "rank 1 is past step 4", "_stuck_in_the_data")),
+        ("before a save", ("in the save after step 5: rank 1 is past step 5", "_stuck_before_the_save")),
+        ("save", ("rank 1 has neither read nor written anything", "in the save after step 5")),
+    ],
+    indirect=["ends"],
+)
+def test_a_rank_stuck_inside_a_replica_or_in_a_save_is_named(ends: list[End], words: tuple[str, ...]) -> None:
+    check(ends, [0, 1], words)
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("ends", ["pipeline"], indirect=True)
+def test_a_stuck_pipeline_stage_is_named(ends: list[End]) -> None:
+    check(ends, [0, 1], ("rank 1 is past step 4", "_stuck_in_the_data"))
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("ends", ["slow disk"], indirect=True)
+def test_a_slow_disk_is_no_fault(ends: list[End]) -> None:
+    """Four times the timeout in one save, and more than it may stand still."""
     assert [end.exit_code for end in ends] == [0, 0], ends
     assert not any("Last completed sync" in end.output for end in ends), ends
