@@ -35,7 +35,8 @@ from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.dist.report import SyncReport
 from lordo_ds.dist.sync import OuterSync
-from lordo_ds.dist.watchdog import Unwatched, watch_ranks
+from lordo_ds.dist.unwatched import Unwatched
+from lordo_ds.dist.watchdog import watch_ranks
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
@@ -125,7 +126,7 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
         """
         inside = inside or InsideReplica()
-        if type(self.watchdog) is Unwatched:
+        if self.watchdog.stopped:
             self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)
         self.watchdog.follow(wire, inside)
         with self.watchdog.starting():
@@ -529,6 +530,7 @@ class LoRDO(torch.optim.Optimizer):
             setattr(self.sync, name, getattr(counters, name))
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))
         self.sync.rows.pending = [list(row) for row in rows]
+        self.watchdog.resumed(self.attempted_steps, self.sync.last_synced_step)
 
 
 def _model_size(fragments: Sequence[Fragment], inside: InsideReplica) -> ModelSize:

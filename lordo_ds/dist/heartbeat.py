@@ -120,6 +120,7 @@ class Heartbeat(threading.Thread):
             self.error = str(error).partition("\n")[0] or type(error).__name__
         except Exception as error:  # ours: a thread must not end in silence
             self._fail(error)
+        self._store = None  # closes its connection
 
     def _fail(self, error: Exception) -> None:
         """The run goes on; that nobody watches this rank any more is said here, and to the others."""

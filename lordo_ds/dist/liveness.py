@@ -60,6 +60,8 @@ class Report:
 
     def waits_for(self, other: Report) -> bool:
         """Whether it cannot go on before the other does, if neither has moved for long."""
+        if self.block in (START, LOAD):  # a load brings the steps that it was saved with
+            return other.block != self.block
         if self.block:
             return other.step < self.step or (other.step == self.step and other.block != self.block)
         if self.replica != other.replica:

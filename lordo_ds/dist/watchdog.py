@@ -38,37 +38,14 @@ from lordo_ds.dist.liveness import (
     why_it_ends,
 )
 from lordo_ds.dist.timeouts import Limits, limits_of_groups, same_ranks, timeout_of
+from lordo_ds.dist.unwatched import Unwatched
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
+_watching: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
 EXIT_CODE_AGAIN_THE_SAME = 65  # EX_DATAERR: it would end like this again
-
-
-class Unwatched:
-    """Does nothing: this rank is alone, or its process group has no key-value store."""
-
-    def follow(self, wire: ReplicaWire, inside: InsideReplica) -> None:
-        pass
-
-    @contextmanager
-    def starting(self) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def at_the_end_of(self, step: int) -> Iterator[None]:
-        yield
-
-    @contextmanager
-    def during(self, block: str) -> Iterator[None]:
-        yield
-
-    def synced(self, step: int) -> None:
-        pass
-
-    def stop(self, why: str = LEFT) -> None:
-        pass
 
 
 def watch_ranks(timeout_s: float, owner: object) -> Watchdog | Unwatched:
@@ -81,7 +58,15 @@ def watch_ranks(timeout_s: float, owner: object) -> Watchdog | Unwatched:
         logger.warning("LoRDO: nobody watches for dead or frozen processes: %s", str(error).partition("\n")[0])
         return Unwatched()
     weakref.finalize(owner, watchdog.stop).atexit = False  # the watchdog sees to that itself
+    _watching.add(watchdog)
     return watchdog
+
+
+def tell_the_others(error: BaseException) -> None:
+    """That this process ends with this error, before it does so by `os._exit`, as nobody is told of otherwise."""
+    for watchdog in list(_watching):
+        watchdog.stop(f"{type(error).__name__}: {first_line(error)}")
+        watchdog._heartbeat.leave()
 
 
 class Watchdog(Unwatched):
@@ -154,6 +139,14 @@ class Watchdog(Unwatched):
         """This step ended in a sync."""
         self._heartbeat.tell(synced=step)
 
+    def resumed(self, step: int, synced: int) -> None:
+        """A load brought these counters: of the last step, and the last that ended in a sync."""
+        self._heartbeat.tell(step=step, synced=synced)
+
+    @property
+    def stopped(self) -> bool:  # type: ignore[override]
+        return self._stopped.is_set()
+
     def stop(self, why: str = LEFT) -> None:
         """Tell the other ranks that no more beats will come, and judge no more."""
         if self._stopped.is_set() or os.getpid() != self._pid:  # a forked child has a copy without threads
@@ -164,6 +157,8 @@ class Watchdog(Unwatched):
             self._judge.join(timeout=1.0)
             if not self._heartbeat.holds_store:
                 self._heartbeat.join(timeout=1.0)
+        if not self._heartbeat.is_alive():
+            self._at_exit.cancel()  # nothing is left to say, or to keep in memory
 
     def _leave(self) -> None:
         """The program ends; an exception that ends it is the interpreter's last, or on its way (multiprocessing)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -184,6 +185,28 @@ def _write_slowly(rank: int, moment: Any, engine: Any = None) -> None:
         engine.checkpoint_engine.save = on_a_slow_disk
 
 
+def _watched_again_and_again() -> None:
+    """Prints what the watchdog of a rank that resumed from step 3 tells of it, and how many files are open after each."""
+    state: dict[str, Any] = {}
+    open_files = []
+    for _ in range(4):
+        weight = nn.Parameter(torch.ones(4, 3))
+        optimizer = lordo_ds.LoRDO([("weight", weight)], rank=2, sync_interval=2, sync_timeout_s=TIMEOUT_S)
+        if state:
+            optimizer.load_state_dict(state)
+            report = optimizer.watchdog._heartbeat.report
+        else:
+            for _ in range(3):
+                weight.grad = torch.randn(4, 3)
+                optimizer.step()
+            state = optimizer.state_dict()
+        optimizer._detach()
+        dist.barrier()
+        time.sleep(0.5)  # rank 0 has the store, and ends once the others have
+        open_files.append(len(os.listdir("/proc/self/fd")))
+    print(json.dumps([report.step, report.synced, open_files]))
+
+
 # -- the cases ---------------------------------------------------------------------------------------
 
 CASES: dict[str, tuple[int, tuple[Any, ...]]] = {  # ranks, and what they run
@@ -195,6 +218,7 @@ CASES: dict[str, tuple[int, tuple[Any, ...]]] = {  # ranks, and what they run
     "full pipe": (2, (train, _nobody_reads_stderr, TIMEOUT_S)),
     "impatient groups": (2, (_train_in_impatient_groups, 5.0, 30.0)),
     "thread": (1, (_say_where_the_main_thread_is,)),
+    "again": (2, (_watched_again_and_again,)),
     "first step of an engine": (2, (_train_engine, _stuck_in_the_first_step)),
     "data": (2, (_train_engine, _stuck_in_the_data)),
     "before a save": (2, (_train_engine, _stuck_before_the_save)),
@@ -207,8 +231,8 @@ CASES: dict[str, tuple[int, tuple[Any, ...]]] = {  # ranks, and what they run
 @pytest.fixture(scope="module")
 def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
     """Of the cases that the chosen tests ask for: three at a time, for most of their time is waiting."""
-    asked = [item.callspec.params for item in request.session.items if item.fspath == request.fspath]
-    names = dict.fromkeys(params["ends"] for params in asked)
+    here = [item for item in request.session.items if item.path == request.path]
+    names = dict.fromkeys(item.callspec.params["ends"] for item in here)
     folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in names}
     with ThreadPoolExecutor(3) as pool:
         yield {name: pool.submit(run, folders[name], *CASES[name][1], world=CASES[name][0]) for name in names}
@@ -270,6 +294,14 @@ def test_the_watchdog_speaks_before_the_process_groups_own_timeout(ends: list[En
 @pytest.mark.parametrize("ends", ["thread"], indirect=True)
 def test_a_rank_that_a_thread_keeps_alive_says_so(ends: list[End]) -> None:
     assert ends[0].output.strip() == "its end, waiting for the thread(s) loader"
+
+
+@pytest.mark.parametrize("ends", ["again"], indirect=True)
+def test_a_resumed_rank_tells_its_step_and_watchdogs_that_ended_keep_nothing_open(ends: list[End]) -> None:
+    for end in ends:
+        step, synced, open_files = json.loads(end.output)
+        assert (step, synced) == (3, 2)
+        assert open_files[1:] == open_files[1:2] * 3, open_files
 
 
 @pytest.mark.deepspeed
