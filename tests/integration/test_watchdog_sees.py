@@ -186,7 +186,7 @@ def _write_slowly(rank: int, moment: Any, engine: Any = None) -> None:
 
 
 def _watched_again_and_again() -> None:
-    """Prints what the watchdog of a rank that resumed from step 3 tells of it, and how many files are open after each."""
+    """Prints what the watchdog tells of a rank that resumed from step 3, and how many files are open after each."""
     state: dict[str, Any] = {}
     open_files = []
     for _ in range(4):
