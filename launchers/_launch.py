@@ -52,6 +52,8 @@ def one_line_errors(program: str) -> Iterator[None]:
         where = f" on rank {dist_rank()}" if dist_rank() else ""
         print(f"{program}: error{where}: {one_line(error)}", file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if "lordo_ds.dist.watchdog" in sys.modules:
+            sys.modules["lordo_ds.dist.watchdog"].tell_the_others(error)
         os._exit(2)  # not sys.exit, which may wait for a process group whose other half is gone
 
 

@@ -37,7 +37,8 @@ from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.dist.report import SyncReport
 from lordo_ds.dist.sync import OuterSync
-from lordo_ds.dist.watchdog import Unwatched, watch_ranks
+from lordo_ds.dist.unwatched import Unwatched
+from lordo_ds.dist.watchdog import watch_ranks
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
@@ -127,6 +128,20 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
         """
         inside = inside or InsideReplica()
+        if self.watchdog.stopped:
+            self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)
+        self.watchdog.follow(wire, inside)
+        with self.watchdog.starting():
+            self._attach(flats, wire, inside, tied, resuming)
+
+    def _attach(
+        self,
+        flats: Sequence[FlatTensor],
+        wire: ReplicaWire,
+        inside: InsideReplica,
+        tied: Sequence[TiedWeight],
+        resuming: bool,
+    ) -> None:
         group_of = {tensor: group for group in self.param_groups for tensor in group["params"]}
         pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
         facts = [piece.facts for _, piece in pieces]
@@ -164,10 +179,6 @@ class LoRDO(torch.optim.Optimizer):
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start(resuming):
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
-        ledgers = [comm.ledger for comm in (wire, inside.shard, inside.tensor, inside.everyone, inside.rows)]
-        self.watchdog = watch_ranks(
-            self.config.sync_timeout_s, lambda: sum(ledger.total_bytes for ledger in ledgers), owner=self
-        )
 
     @staticmethod
     def _check_alike(fragments: Sequence[Fragment], inside: InsideReplica) -> None:
@@ -201,7 +212,9 @@ class LoRDO(torch.optim.Optimizer):
                 )
         wire, twins = ReplicaWire(), InsideComm()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
+            self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
+            with self.watchdog.starting():
+                groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
             if groups.layout.replica_count > 1:
                 twins = InsideComm(groups.shard)
                 wire = ReplicaWire(groups.replica, twins)
@@ -533,6 +546,7 @@ class LoRDO(torch.optim.Optimizer):
             setattr(self.sync, name, getattr(counters, name))
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))
         self.sync.rows.pending = [list(row) for row in rows]
+        self.watchdog.resumed(self.attempted_steps, self.sync.last_synced_step)
 
 
 def _model_size(fragments: Sequence[Fragment], inside: InsideReplica) -> ModelSize:

@@ -35,6 +35,7 @@ from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.rng import set_rng_state
 from lordo_ds.dist.agreement import agreed, reseeded_later
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
+from lordo_ds.dist.liveness import LOAD
 from lordo_ds.optimizer import LoRDO
 
 logger = logging.getLogger("lordo_ds")
@@ -117,6 +118,10 @@ def _checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], Non
 
     @functools.wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with engine.basic_optimizer.watchdog.during(LOAD):
+            return load(*args, **kwargs)
+
+    def load(*args: Any, **kwargs: Any) -> Any:
         asked = signature.bind(*args, **kwargs).arguments
         weights_only = not asked.get("load_optimizer_states", True) or asked.get("load_module_only", False)
         if weights_only and engine.zero_optimization_partition_weights():

@@ -9,6 +9,7 @@ from torch.utils.data import DistributedSampler
 from lordo_ds.adapters.hook import EngineHook, hook
 from lordo_ds.adapters.reshape import load_reshaped
 from lordo_ds.adapters.zero_init import zero_init_group
+from lordo_ds.dist.liveness import LOAD
 from lordo_ds.status import status_of
 
 __all__ = ["data_sampler", "hook", "load_checkpoint", "save_checkpoint", "status", "zero_init_group"]
@@ -58,4 +59,5 @@ def load_checkpoint(
         return engine.load_checkpoint(load_dir, tag=tag, **{"load_module_strict": strict, **options})
     if options:
         raise ValueError(f"LoRDO: load_checkpoint(reshape=True) takes no {sorted(options)[0]!r}: leave it out")
-    return load_reshaped(engine, found.groups, load_dir, tag, strict)
+    with found.optimizer.watchdog.during(LOAD):
+        return load_reshaped(engine, found.groups, load_dir, tag, strict)

@@ -28,6 +28,7 @@ from lordo_ds.checkpoint.rng import rng_state
 from lordo_ds.disk import flush_file, flush_folders, is_reserved, part_of, write_text
 from lordo_ds.dist.agreement import agreed
 from lordo_ds.dist.groups import ReplicaGroups, of_all_ranks
+from lordo_ds.dist.liveness import SAVE
 from lordo_ds.optimizer import LoRDO
 
 RANKS = "ranks.pt"  # what each rank keeps for itself: random generators, rows that wait for a sync
@@ -40,6 +41,10 @@ def whole_or_not(engine: Any, groups: ReplicaGroups, original: Any) -> Any:
 
     @functools.wraps(original)
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        with engine.basic_optimizer.watchdog.during(SAVE):
+            return save(*args, **kwargs)
+
+    def save(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         asked = bound.arguments

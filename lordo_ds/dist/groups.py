@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from lordo_ds.core.mesh import ReplicaLayout
+from lordo_ds.dist.timeouts import timeout_for_new_groups
 
 _T = TypeVar("_T")
 
@@ -79,7 +80,7 @@ def make_groups(wanted: Sequence[Sequence[int]]) -> list[dist.ProcessGroup]:
     for ranks in sorted({ranks for one in of_all_ranks(mine) for ranks in one}):
         # Keyed by the default group too: it may be destroyed and made anew in one process.
         if (dist.group.WORLD, ranks) not in _groups:
-            _groups[dist.group.WORLD, ranks] = dist.new_group(list(ranks))
+            _groups[dist.group.WORLD, ranks] = dist.new_group(list(ranks), timeout=timeout_for_new_groups())
     return [_groups[dist.group.WORLD, ranks] for ranks in mine]
 
 

@@ -7,69 +7,79 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-import re
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
 
 import torch.distributed as dist
 
+from lordo_ds.dist.broken_connections import first_line, gist, lost_connection, timed_out
 from lordo_ds.dist.heartbeat import Heartbeat
-from lordo_ds.dist.liveness import LEFT, Patience, what_is_wrong, why_it_ends
-from lordo_ds.dist.wire import SyncError
+from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.dist.last_words import flush, say, say_unwatched
+from lordo_ds.dist.ledger import ByteLedger
+from lordo_ds.dist.liveness import (
+    END,
+    LEFT,
+    START,
+    Finding,
+    Patience,
+    Stall,
+    what_is_wrong,
+    who_holds_up,
+    who_left,
+    why_a_collective_failed,
+    why_it_ends,
+)
+from lordo_ds.dist.timeouts import Limits, limits_of_groups, same_ranks, timeout_of
+from lordo_ds.dist.unwatched import Unwatched
+from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
+_watching: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
+EXIT_CODE_AGAIN_THE_SAME = 65  # EX_DATAERR: it would end like this again
 
 
-class Unwatched:
-    """Does nothing: this rank is alone, or its process group has no key-value store."""
-
-    @contextmanager
-    def at_the_end_of(self, step: int) -> Iterator[None]:
-        yield
-
-    def synced(self, step: int) -> None:
-        pass
-
-    def stop(self, why: str = LEFT) -> None:
-        pass
-
-
-def watch_ranks(timeout_s: float, progress: Callable[[], int], owner: object) -> Watchdog | Unwatched:
-    """A watchdog for as long as the owner lives and does not stop it; all ranks call this at the same point.
-
-    Args:
-        progress: a number that changes whenever a collective ends; another thread calls it. It must not hold on to
-            the owner.
-    """
+def watch_ranks(timeout_s: float, owner: object) -> Watchdog | Unwatched:
+    """A watchdog for as long as the owner lives and does not stop it; all ranks call this at the same point."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return Unwatched()
     try:
-        watchdog = Watchdog(timeout_s, progress)
+        watchdog = Watchdog(timeout_s)
     except (RuntimeError, AttributeError, NotImplementedError) as error:  # a backend such as MPI has no store
         logger.warning("LoRDO: nobody watches for dead or frozen processes: %s", str(error).partition("\n")[0])
         return Unwatched()
     weakref.finalize(owner, watchdog.stop).atexit = False  # the watchdog sees to that itself
+    _watching.add(watchdog)
     return watchdog
+
+
+def tell_the_others(error: BaseException) -> None:
+    """That this process ends with this error, before it does so by `os._exit`, as nobody is told of otherwise."""
+    for watchdog in list(_watching):
+        watchdog.stop(f"{type(error).__name__}: {first_line(error)}")
+        watchdog._heartbeat.leave()
 
 
 class Watchdog(Unwatched):
     """Judges, in a thread that nothing blocks, what the heartbeat thread hears from the other ranks."""
 
-    def __init__(self, timeout_s: float, progress: Callable[[], int]) -> None:
-        self._timeout_s, self._progress = timeout_s, progress
-        self._tick_s = min(1.0, timeout_s / 20)
-        self._heartbeat = Heartbeat(timeout_s)
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._limits = Limits.of(timeout_s, timeout_of(dist.group.WORLD) or math.inf)
+        self._ledgers: list[ByteLedger] = []
+        self._heartbeat = Heartbeat(self._limits.step_s)
         self._pid = os.getpid()
         self._before_first_step = True
-        self._waited_s = self._deaf_s = 0.0
+        self._stall, self._deaf_s = Stall(), 0.0
         self._stopped, self._ending = threading.Event(), threading.Lock()
         self._judge = threading.Thread(target=self._watch, name="lordo-watchdog", daemon=True)
         # Unlike atexit, this runs in the children of multiprocessing too.
@@ -80,28 +90,63 @@ class Watchdog(Unwatched):
 
     # -- what the main thread says -------------------------------------------------------------------
 
+    def follow(self, wire: ReplicaWire, inside: InsideReplica) -> None:
+        """The groups that the ranks wait for each other in."""
+        comms = [wire, inside.shard, inside.tensor, inside.everyone, inside.rows]
+        self._limits = limits_of_groups(self._timeout_s, [comm.group for comm in comms])
+        self._ledgers = [comm.ledger for comm in comms]
+        inner = [comm.group for comm in comms[1:] if comm.group is not None]
+        replica = min([dist.get_rank(), *(rank for group in inner for rank in dist.get_process_group_ranks(group))])
+        names = same_ranks([inside.shard.group, inside.rows.group, inside.tensor.group])
+        self._heartbeat.follow(replica, names, self._limits.step_s)
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """The block makes the ranks ready for the first step. An exception that leaves it ends the watch too."""
+        try:
+            with self.during(START):
+                yield
+        except Exception as error:
+            self.stop(f"{type(error).__name__}: {first_line(error)}")
+            raise
+
     @contextmanager
     def at_the_end_of(self, step: int) -> Iterator[None]:
-        """The block holds the collectives that all ranks enter at the end of this attempted step.
+        """The block holds the collectives that all ranks enter at the end of this attempted step."""
+        with self.during(END, step=step):
+            yield
+        self._before_first_step = False
+
+    @contextmanager
+    def during(self, block: str, **facts: int) -> Iterator[None]:
+        """The block holds collectives that all ranks enter, of this kind; see `lordo_ds.dist.liveness`.
 
         Where one of them fails because a process is gone, this one ends too, and says so.
         """
-        self._heartbeat.main_thread = threading.get_ident()
-        self._heartbeat.tell(step=step, inside=True)
+        before = self._heartbeat.report.block
+        self._heartbeat.follow_this_thread()
+        self._heartbeat.tell(block=block, **facts)
         try:
             yield
         except RuntimeError as error:
-            lost = self._who_is_lost() if _lost_connection(error) else ""
-            if lost:
-                self._end(self._verdict(f"{lost} ({_gist(error)})"))
+            finding = self._why_it_failed(error) if lost_connection(error) else Finding()
+            if finding.reason:
+                self._end(self._verdict(finding._replace(reason=f"{finding.reason} ({gist(error)})")))
             raise
         finally:
-            self._heartbeat.tell(inside=False)
-        self._before_first_step = False
+            self._heartbeat.tell(block=before)
 
     def synced(self, step: int) -> None:
         """This step ended in a sync."""
         self._heartbeat.tell(synced=step)
+
+    def resumed(self, step: int, synced: int) -> None:
+        """A load brought these counters: of the last step, and the last that ended in a sync."""
+        self._heartbeat.tell(step=step, synced=synced)
+
+    @property
+    def stopped(self) -> bool:  # type: ignore[override]
+        return self._stopped.is_set()
 
     def stop(self, why: str = LEFT) -> None:
         """Tell the other ranks that no more beats will come, and judge no more."""
@@ -113,37 +158,58 @@ class Watchdog(Unwatched):
             self._judge.join(timeout=1.0)
             if not self._heartbeat.holds_store:
                 self._heartbeat.join(timeout=1.0)
+        if not self._heartbeat.is_alive():
+            self._at_exit.cancel()  # nothing is left to say, or to keep in memory
 
     def _leave(self) -> None:
         """The program ends; an exception that ends it is the interpreter's last, or on its way (multiprocessing)."""
         if os.getpid() != self._pid:
             return
+        if not self._stopped.is_set() and not self._ending.acquire(blocking=False):
+            time.sleep(60.0)  # the judge is ending the process, with its own words and exit code
         error = sys.exc_info()[1] or getattr(sys, "last_value", None)
         ended_by_error = error is not None and not (isinstance(error, SystemExit) and not error.code)
-        if isinstance(error, RuntimeError) and _lost_connection(error) and not self._stopped.is_set():
-            lost = self._who_is_lost()  # in a collective of the engine's
-            _say(self._line(f"{lost} ({_gist(error)})") + "." if lost else "")
-        self.stop(f"{type(error).__name__}: {_first_line(error)}" if ended_by_error else LEFT)
+        if isinstance(error, RuntimeError) and lost_connection(error) and not self._stopped.is_set():
+            finding = self._why_it_failed(error)  # in a collective of the engine's
+            if finding.reason:
+                verdict = self._verdict(finding._replace(reason=f"{finding.reason} ({gist(error)})"))
+                self._heartbeat.publish_verdict(verdict)  # what the others will wait for is not this rank's fault
+                say(self._line(verdict) + ".")
+        self.stop(f"{type(error).__name__}: {first_line(error)}" if ended_by_error else LEFT)
         self._heartbeat.leave()
 
     # -- the thread that judges ----------------------------------------------------------------------
 
     def _watch(self) -> None:
-        last, heard, progress = time.monotonic(), -1, -1
+        try:
+            self._judge_until_stopped()
+        except Exception as error:  # a thread must not end in silence
+            say_unwatched("watchdog", self._heartbeat.rank, error)
+
+    def _judge_until_stopped(self) -> None:
+        last, heard = time.monotonic(), -1
+        progress: object = None
+        motion: object = None
         while not self._stopped.wait(self._tick_s):
+            heartbeat = self._heartbeat
             now = time.monotonic()
             # One that was suspended itself must not count that time against the others.
             elapsed, last = min(now - last, 10 * self._tick_s), now
-            before, progress = progress, self._progress_now()
-            waits = self._heartbeat.report.inside and progress == before
-            self._waited_s = self._waited_s + elapsed if waits else 0.0
-            before, heard = heard, self._heartbeat.heard
-            self._deaf_s = self._deaf_s + elapsed if heard == before else 0.0
-            if self._is_deaf() and any(peer.rank == 0 and peer.left for peer in self._heartbeat.peers):
-                return  # it took the store along, in order
-            reason = self._why_it_ends()
-            if reason:
-                self._end(reason)
+            before, progress = progress, (heartbeat.report.step, heartbeat.report.block, self._progress_now())
+            moved, motion = motion, heartbeat.motion
+            self._stall = Stall(
+                self._stall.waited_s + elapsed if progress == before else 0.0,
+                self._stall.still_s + elapsed if (progress, motion) == (before, moved) else 0.0,
+            )
+            was_heard, heard = heard, heartbeat.heard
+            self._deaf_s = self._deaf_s + elapsed if heard == was_heard else 0.0
+            if heartbeat.failed or (
+                self._is_deaf() and any(p.rank == 0 and (p.left or p.deaf) for p in heartbeat.peers)
+            ):
+                return  # it has said so; or rank 0 took the store along, in order
+            verdict = self._why_it_ends()
+            if verdict:
+                self._end(verdict)
 
     def _why_it_ends(self) -> str:
         """A verdict, or ""."""
@@ -151,24 +217,30 @@ class Watchdog(Unwatched):
         if heartbeat.verdict:
             return heartbeat.verdict
         if self._is_deaf():
-            return self._verdict(self._deafness())
+            return self._verdict(Finding(self._deafness()))
         if heartbeat.error or self._deaf_s > 2.5 * heartbeat.beat_s:
             return ""  # what is known of the others is old
-        reason = why_it_ends(heartbeat.report, self._waited_s, heartbeat.peers, heartbeat.process, self._patience)
-        return self._verdict(reason) if reason else ""
+        finding = why_it_ends(
+            heartbeat.report, heartbeat.rank, self._stall, heartbeat.peers, heartbeat.process, self._patience
+        )
+        return self._verdict(finding) if finding.reason else ""
+
+    @property
+    def _tick_s(self) -> float:
+        return min(1.0, self._limits.step_s / 20)
 
     @property
     def _patience(self) -> Patience:
-        return Patience.of(self._timeout_s, self._before_first_step)
+        return Patience.of(self._limits, self._before_first_step)
 
-    def _progress_now(self) -> int:
+    def _progress_now(self) -> tuple[int, int]:
         try:
-            return self._progress()
+            return sum(ledger.total_bytes for ledger in self._ledgers), self._heartbeat.begun
         except RuntimeError:  # a dictionary grew in the main thread: something is going on
-            return -1
+            return -1, -1
 
     def _is_deaf(self) -> bool:
-        if self._heartbeat.error and self._heartbeat.report.inside and self._waited_s > self._patience.lost_s:
+        if self._heartbeat.error and self._heartbeat.report.block and self._stall.waited_s > self._patience.lost_s:
             return True
         # An exchange is due every beat: silence begins with the next.
         return self._deaf_s > self._patience.silent_s + self._heartbeat.beat_s
@@ -182,28 +254,39 @@ class Watchdog(Unwatched):
         known = [what_is_wrong(peer, heartbeat.process) for peer in odd]
         return "; ".join([*known, store]) if known else f"{store}: that process is dead, frozen or cut off"
 
-    def _who_is_lost(self) -> str:
-        """After a failed collective: who is gone, known at once on this host, and after some beats on others."""
+    def _why_it_failed(self, error: RuntimeError) -> Finding:
+        """After a failed collective: known at once of ranks on this host, and after some beats of others."""
         heartbeat = self._heartbeat
-        began = time.monotonic()
-        while time.monotonic() - began < 4 * heartbeat.beat_s:
-            lost = [p for p in heartbeat.peers if p.is_lost(heartbeat.process) or p.silent_s > 2.5 * heartbeat.beat_s]
-            if lost:
-                return "; ".join(what_is_wrong(peer, heartbeat.process) for peer in lost)
+        began, seen = time.monotonic(), -1
+        while time.monotonic() - began < 4 * heartbeat.beat_s and not heartbeat.failed:
+            finding = why_a_collective_failed(
+                heartbeat.report, heartbeat.peers, heartbeat.process, 2.5 * heartbeat.beat_s
+            )
+            if finding.reason and seen >= 0 and heartbeat.heard >= seen + 2:
+                return finding
+            # A process that has ended may have told why: what it said last has not been read yet.
+            seen = (heartbeat.heard if seen < 0 else seen) if finding.reason else -1
             if heartbeat.error:
-                return self._deafness()
-            time.sleep(min(0.1, self._tick_s))
-        return ""
+                return Finding(self._deafness())
+            heartbeat.ask()
+            time.sleep(min(0.05, self._tick_s))
+        me, left = heartbeat.report, [peer for peer in heartbeat.peers if peer.left]
+        if timed_out(error):
+            return who_holds_up(me, self._stall.waited_s, heartbeat.peers, heartbeat.process, self._patience.silent_s)
+        return who_left(me, left) if left else Finding()
 
-    def _verdict(self, reason: str) -> str:
-        return json.dumps([self._heartbeat.rank, reason])
+    def _verdict(self, finding: Finding) -> str:
+        return json.dumps([self._heartbeat.rank, *finding])
 
-    def _line(self, reason: str) -> str:
-        report = self._heartbeat.report
-        synced = f"step {report.synced}" if report.synced else "none"
+    def _line(self, verdict: str) -> str:
+        heartbeat = self._heartbeat
+        rank, reason, again = json.loads(verdict)
+        found = "" if rank == heartbeat.rank else f" (found by rank {rank})"
+        synced = f"step {heartbeat.report.synced}" if heartbeat.report.synced else "none"
+        advice = "Restart from the last checkpoint" if again else "A restart would end in the same"
         return (
-            f"LoRDO: {reason}. Last completed sync: {synced}; rank {self._heartbeat.rank} is at step {report.step}. "
-            "Restart from the last checkpoint"
+            f"LoRDO: {reason}{found}. Last completed sync: {synced}; rank {heartbeat.rank} is at step "
+            f"{heartbeat.report.step}. {advice}"
         )
 
     def _end(self, verdict: str) -> None:
@@ -216,44 +299,9 @@ class Watchdog(Unwatched):
         told, until = heartbeat.heard + 1, time.monotonic() + 1.0
         while heartbeat.heard <= told and time.monotonic() < until and not heartbeat.error:
             time.sleep(0.05)
-        rank, reason = json.loads(heartbeat.verdict)
-        found = "" if rank == heartbeat.rank else f" (found by rank {rank})"
-        _say(f"{self._line(reason + found)}; ending it with exit code {EXIT_CODE}.")
+        exit_code = EXIT_CODE if json.loads(heartbeat.verdict)[2] else EXIT_CODE_AGAIN_THE_SAME
+        say(f"{self._line(heartbeat.verdict)}; ending it with exit code {exit_code}.")
         if not heartbeat.error:
             time.sleep(2 * heartbeat.beat_s)
-        _flush_within(1.0)
-        os._exit(EXIT_CODE)
-
-
-def _lost_connection(error: RuntimeError) -> bool:
-    if isinstance(error, SyncError):
-        return False
-    # gloo's own errors carry the path of its source.
-    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection" in str(error)
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _gist(error: RuntimeError) -> str:
-    """gloo's message without the place in its source and the advice."""
-    return re.sub(r"^\[[^]]*\] ", "", _first_line(error)).partition(". ")[0]
-
-
-def _say(line: str) -> None:
-    """Not through sys.stderr, whose lock the main thread may hold."""
-    if line:
-        os.write(2, f"{line}\n".encode())
-
-
-def _flush_within(seconds: float) -> None:
-    """Flush what was printed; a thread that holds a stream's lock must not keep the process alive."""
-
-    def flush() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-
-    flusher = threading.Thread(target=flush, daemon=True)
-    flusher.start()
-    flusher.join(seconds)
+        flush()
+        os._exit(exit_code)
