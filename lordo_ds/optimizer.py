@@ -25,13 +25,14 @@ from lordo_ds.checkpoint.layout import (
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
-from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
+from lordo_ds.core.inner import StepSettings, adamw_step_, decay_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
 from lordo_ds.dist.inner_step import step_fragments_
 from lordo_ds.dist.inside import InsideComm, InsideReplica
+from lordo_ds.dist.made_up_step import only_makes_state
 from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.dist.report import SyncReport
 from lordo_ds.dist.sync import OuterSync
@@ -229,6 +230,10 @@ class LoRDO(torch.optim.Optimizer):
             if self.managed:
                 return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
             self._attach_alone()
+        assert self.sync is not None
+        first = not (self.managed or self.attempted_steps)
+        if first and only_makes_state(self.param_groups, self.sync.wire, self.sync.inside):
+            return loss
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
@@ -274,15 +279,20 @@ class LoRDO(torch.optim.Optimizer):
         this_step = self.attempted_steps + 1
         plan = sync_plan(self.config, this_step)
         from_gradient = self.config.basis_source == "gradient" and plan.refresh_basis
+        own = self.sync.bases.each_replica_its_own
+        may_be_first = self.sync.bases.may_be_first(this_step, self.executed_steps)
         ready = []
         for fragment, gradient, settings in chosen:
-            if self.sync.bases.each_replica_its_own and (not fragment.has_basis or from_gradient):
+            if own and (from_gradient if fragment.has_basis else may_be_first):
                 self.sync.bases.refresh_in_step(fragment, with_error(gradient, fragment.error), this_step)
             if not fragment.has_basis:
-                # A first basis comes from all replicas; nothing may cross them here, so the update waits.
-                fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
+                if may_be_first and not own:
+                    # A first basis comes from all replicas; nothing may cross them here, so the update waits.
+                    fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
+                else:
+                    decay_(fragment.weight, settings)
                 continue
-            if from_gradient and not self.sync.bases.each_replica_its_own:
+            if from_gradient and not own:
                 # A = G + E, before this step moves what it drops into E.
                 kept = with_error(gradient, fragment.error)
                 fragment.gradient = self._keep(fragment, kept) if kept is gradient else kept
@@ -328,7 +338,9 @@ class LoRDO(torch.optim.Optimizer):
         plan = sync_plan(self.config, self.attempted_steps)
         if plan.due or self.executed_steps <= 1:
             self.sync.check_copies(self.attempted_steps)
-        if self.sync.bases.wait_for_all_replicas() and self.sync.bases.first(self.attempted_steps):
+        if self.sync.bases.wait_for_all_replicas(self.attempted_steps):
+            executed_before = self.executed_steps - self._executed_now
+            self.sync.bases.first(self.attempted_steps, executed_before, self._executed_now)
             changed = self._apply_deferred()
         if plan.due:
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
@@ -336,6 +348,7 @@ class LoRDO(torch.optim.Optimizer):
         return changed
 
     def _apply_deferred(self) -> bool:
+        """The updates that waited for a basis; weight decay alone where there still is none."""
         assert self.sync is not None
         plan = sync_plan(self.config, self.attempted_steps)
         deferred = []
@@ -345,9 +358,12 @@ class LoRDO(torch.optim.Optimizer):
             assert fragment.gradient is not None
             deferred.append((fragment, fragment.gradient, fragment.settings))
             fragment.settings = None
-            if not (self.config.basis_source == "gradient" and plan.refresh_basis):
+            if not (fragment.has_basis and self.config.basis_source == "gradient" and plan.refresh_basis):
                 fragment.gradient = None
-        self._run_low_rank(deferred, measure=plan.due)
+        for fragment, _, settings in deferred:
+            if not fragment.has_basis:
+                decay_(fragment.weight, settings)
+        self._run_low_rank([one for one in deferred if one[0].has_basis], measure=plan.due)
         return bool(deferred)
 
     @torch.no_grad()

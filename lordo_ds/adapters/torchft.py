@@ -119,7 +119,7 @@ class Membership:
         """Instead of the optimizer's own `_cross_replicas`."""
         optimizer = self.optimizer
         plan = sync_plan(optimizer.config, optimizer.attempted_steps)
-        if not plan.due and not self._sync.bases.wait_for_all_replicas():
+        if not plan.due and not self._sync.bases.wait_for_all_replicas(optimizer.attempted_steps):
             return self._cross()
         return self._in_quorum(self._cross)
 

@@ -259,7 +259,7 @@ class OuterSync:
         Args:
             shares: this rank's share of |D_m|^2, |D|^2, the sum of overlaps, and how many they are.
         """
-        report.basis_notes = self.bases.take_notes()
+        report.basis_notes = self.bases.take_notes(report.step)
         sums = torch.tensor([*shares, *self._gradient_energies()], dtype=torch.float64, device=self.inside.device)
         own_norm, mean_norm, overlaps, refreshed, inside, energy = self.inside.everyone.sum_(sums, "report").tolist()
         report.overlap = overlaps / refreshed if refreshed else None
@@ -345,5 +345,5 @@ class OuterSync:
                 moments = sum(i.state[n].numel() for i in averaged for n in names if n in i.state)
                 sent += self.wire.sum_bytes(moments, width) if due and moments else 0
             if plan.refresh_basis and self.config.basis_source == "gradient" and not self.bases.each_replica_its_own:
-                sent += sum(self.wire.sum_bytes(i.numel, width) for i in bucket if i.plan.low_rank)
+                sent += sum(self.wire.sum_bytes(i.numel, width) for i in bucket if i.has_basis)
         return sent

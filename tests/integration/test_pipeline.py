@@ -190,7 +190,8 @@ def trained(kind: str, stage: int, dtype: str, replica_size: int, stages: int, s
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, rows, 1) if plan.due else 0
             if step == 1 and hook.replicas > 1:  # the first basis; a stage with nothing to project sends its flags
-                predicted += sum(4 * item.numel for item in sync.items if item.plan.low_rank) + 2 * 8
+                projected = [item for item in sync.items if item.plan.low_rank]
+                predicted += sum(4 * item.numel for item in projected) + (4 + len(projected)) * 8
             counter.phase("reading")
             found["steps"].append(
                 {
