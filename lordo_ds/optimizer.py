@@ -163,6 +163,7 @@ class LoRDO(torch.optim.Optimizer):
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start(resuming):
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
+        self.sync.outside.record()
         ledgers = [comm.ledger for comm in (wire, inside.shard, inside.tensor, inside.everyone, inside.rows)]
         self.watchdog = watch_ranks(
             self.config.sync_timeout_s, lambda: sum(ledger.total_bytes for ledger in ledgers), owner=self
@@ -234,6 +235,8 @@ class LoRDO(torch.optim.Optimizer):
         first = not (self.managed or self.attempted_steps)
         if first and only_makes_state(self.param_groups, self.sync.wire, self.sync.inside):
             return loss
+        if not self.managed:
+            self.begin_attempt()
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
@@ -313,7 +316,17 @@ class LoRDO(torch.optim.Optimizer):
                 fragment.state["step"] += 1
             step_fragments_(fragments, gradients, settings, self.sync.inside, measure)
 
-    # -- the end of an attempted step ----------------------------------------------------------------
+    # -- around an attempted step --------------------------------------------------------------------
+
+    def begin_attempt(self) -> None:
+        """Take over weights that were changed since the last step; an engine calls it before its own step.
+
+        Raises:
+            ConfigError: a parameter was resized or replaced.
+        """
+        assert self.sync is not None
+        equal = self.attempted_steps == self.sync.last_synced_step
+        self.sync.outside.check(self.attempted_steps + 1, equal)
 
     @torch.no_grad()
     def end_attempt(self) -> bool:
@@ -323,6 +336,8 @@ class LoRDO(torch.optim.Optimizer):
             Whether weights changed after `step()`: low-precision copies must then be refreshed.
         """
         assert self.sync is not None
+        if not self._executed_now:
+            self.begin_attempt()
         self.attempted_steps += 1
         self.executed_steps += self._executed_now
         with self.watchdog.at_the_end_of(self.attempted_steps):
@@ -330,6 +345,10 @@ class LoRDO(torch.optim.Optimizer):
         if self.synced:
             self.watchdog.synced(self.attempted_steps)
         self.last_attempt_executed, self._executed_now = self._executed_now, False
+        if self.managed:
+            self.sync.outside.forget()  # until the engine has given the model its weights, and records them
+        else:
+            self.sync.outside.record()
         return changed
 
     def _cross_replicas(self) -> bool:
@@ -374,6 +393,7 @@ class LoRDO(torch.optim.Optimizer):
             Whether weights changed.
         """
         assert self.sync is not None, "final_sync() needs at least one step"
+        self.begin_attempt()
         with self.watchdog.at_the_end_of(self.attempted_steps):
             if self.synced:
                 self.sync.flush_rows()
@@ -381,6 +401,7 @@ class LoRDO(torch.optim.Optimizer):
             plan = final_plan(self.config, self.attempted_steps)
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)
         self.watchdog.synced(self.attempted_steps)
+        self.sync.outside.record()
         return True
 
     @property
@@ -529,6 +550,7 @@ class LoRDO(torch.optim.Optimizer):
         self.attempted_steps, self.executed_steps = counters.attempted_steps, counters.executed_steps
         self.sync.bases.look_again()
         self.sync.faults.doubtful = False  # about steps that are undone
+        self.sync.outside.forget()
         for name in SYNC_COUNTERS:
             setattr(self.sync, name, getattr(counters, name))
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))

@@ -55,4 +55,6 @@ def load_checkpoint(
         return engine.load_checkpoint(load_dir, tag=tag, **options)
     if options:
         raise ValueError(f"LoRDO: load_checkpoint(reshape=True) takes no {sorted(options)[0]!r}: leave it out")
-    return load_reshaped(engine, found.groups, load_dir, tag)
+    loaded = load_reshaped(engine, found.groups, load_dir, tag)
+    found.remember_weights()
+    return loaded

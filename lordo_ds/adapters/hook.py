@@ -16,6 +16,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from lordo_ds.adapters import stage0
 from lordo_ds.adapters.checkpoints import keep_replicas_apart
 from lordo_ds.adapters.equalise import equalise_untrained
+from lordo_ds.adapters.model_watch import watch_engine
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.saved_files import tell_header
@@ -118,6 +119,9 @@ class EngineHook(RunHandle):
             self.optimizer.attach(flats, wire, inside, tied)
         tell_header(engine, groups, facts, trained)
         refresh_low_precision(engine)
+        assert self.optimizer.sync is not None
+        watch_engine(engine, self.optimizer.sync.outside, facts)
+        self.remember_weights()
 
     # -- what users and the training script read -----------------------------------------------------
 
@@ -143,6 +147,7 @@ class EngineHook(RunHandle):
         def with_end_of_attempt(take_step: Any) -> Any:
             @functools.wraps(take_step)
             def take_model_step(lr_kwargs: Any) -> Any:
+                hook.optimizer.begin_attempt()
                 result = take_step(lr_kwargs)
                 hook._end_attempt()
                 return result
@@ -164,6 +169,15 @@ class EngineHook(RunHandle):
                     return original(*args, **kwargs)
 
             return count_all
+
+        def and_remember(load: Any) -> Any:
+            @functools.wraps(load)
+            def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+                result = load(*args, **kwargs)
+                hook.remember_weights()
+                return result
+
+            return load_checkpoint
 
         def and_forget(destroy: Any) -> Any:
             @functools.wraps(destroy)
@@ -188,6 +202,7 @@ class EngineHook(RunHandle):
         ):
             replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
         keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
+        replace_method(engine, "load_checkpoint", ("load_dir", "tag"), and_remember, DEEPSPEED_VERSION)
         stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
         if is_pipeline(engine):
             replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION)
@@ -203,6 +218,7 @@ class EngineHook(RunHandle):
         scheduled = self.optimizer.executed_steps + int(self.engine.was_step_applied())
         if self.optimizer.end_attempt():
             refresh_low_precision(self.engine)
+        self.remember_weights()
         # A replica that skipped steps takes over the schedule of the one that executed most.
         self._move_schedule(self.optimizer.executed_steps - scheduled)
         if self.optimizer.synced:
@@ -211,7 +227,13 @@ class EngineHook(RunHandle):
     def take_over(self, steps: int) -> None:
         """The optimizer was given weights, and the state of a replica that had executed `steps` more."""
         refresh_low_precision(self.engine)
+        self.remember_weights()
         self._move_schedule(steps)
+
+    def remember_weights(self) -> None:
+        """Only a step, a sync or a load of ours may change the weights from here on."""
+        assert self.optimizer.sync is not None
+        self.optimizer.sync.outside.record()
 
     def _move_schedule(self, steps: int) -> None:
         for _ in range(steps):
