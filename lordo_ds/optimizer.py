@@ -493,6 +493,8 @@ class LoRDO(torch.optim.Optimizer):
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
         self.restore_counters(ours.counters, ours.bytes_sent, ours.rows)
+        if not ours.fragments:
+            self.sync.outside.record()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
         """The header of a state that can be loaded; the parameter groups must hold the stepped tensors.

@@ -174,10 +174,22 @@ class EngineHook(RunHandle):
             @functools.wraps(load)
             def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
                 result = load(*args, **kwargs)
-                hook.remember_weights()
+                if result[0] is not None:
+                    hook.remember_weights()
                 return result
 
             return load_checkpoint
+
+        def with_loaded_weights(save: Any) -> Any:
+            @functools.wraps(save)
+            def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+                # Later the weights of an evaluation may be in the model just now.
+                if hook.optimizer.attempted_steps == 0:
+                    hook.optimizer.begin_attempt()
+                    hook.remember_weights()
+                return save(*args, **kwargs)
+
+            return save_checkpoint
 
         def and_forget(destroy: Any) -> Any:
             @functools.wraps(destroy)
@@ -203,6 +215,7 @@ class EngineHook(RunHandle):
             replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
         keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
         replace_method(engine, "load_checkpoint", ("load_dir", "tag"), and_remember, DEEPSPEED_VERSION)
+        replace_method(engine, "save_checkpoint", ("save_dir", "tag"), with_loaded_weights, DEEPSPEED_VERSION)
         stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
         if is_pipeline(engine):
             replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION)

@@ -15,12 +15,14 @@ from lordo_ds.core.inner import rotate_moments_
 from lordo_ds.core.schedule import FIRST_STEPS, first_basis_due
 from lordo_ds.dist.fragment import Fragment, ShardedMatrix
 from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.dist.ledger import gather_bytes
 from lordo_ds.dist.moments import republish_
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
 
 _NAMED = 4  # parameters that one message names
+_FLAGS = 4  # step, gives a gradient, steps executed before, executed now
 
 
 class Bases:
@@ -83,6 +85,7 @@ class Bases:
         peaks = _peaks(waiting)
         gives = not self.inside.any_rank(not executed_now or not all(map(math.isfinite, peaks)))
         fields = [step, int(gives), executed_before, int(executed_now)]
+        assert len(fields) == _FLAGS
         mine = fields + [int(peak > 0) for peak in peaks]
         flags = self.wire.gather(self.inside.vector(mine), "first_basis").cpu()
         self.wire.assert_same("step", flags[:, 0])
@@ -91,7 +94,7 @@ class Bases:
         givers = flags[:, 1].nonzero().flatten()
         if not len(givers) or (stepped_before and not first_basis_due(self.config, step)):
             return
-        for column, item in enumerate(waiting, start=len(fields)):
+        for column, item in enumerate(waiting, start=_FLAGS):
             mean = torch.zeros_like(item.weight)
             if bool(flags[givers, column].any()):
                 if gives and item.gradient is not None:
@@ -99,6 +102,13 @@ class Bases:
                 self.wire.sum_(mean, "first_basis").div_(len(givers))
             self.refresh(item, mean, step)
         self._say(step)
+
+    def predicted_bytes(self) -> int:
+        """Bytes that this rank sends across replicas in a step that gives all matrices their first bases."""
+        if self.each_replica_its_own or self.wire.replicas == 1:
+            return 0
+        flags = gather_bytes(8 * (_FLAGS + len(self.items)), self.wire.replicas)
+        return flags + sum(self.wire.sum_bytes(item.numel, item.weight.element_size()) for item in self.items)
 
     # -- refreshes -----------------------------------------------------------------------------------
 

@@ -100,7 +100,8 @@ class OutsideChanges:
         stepped, copies = now = self._samples()
         if not (stepped.on_host and copies.on_host) and self._tokens == self._seen():
             # On an accelerator nobody waits for the answer: a write that left no trace is refused at the next sync.
-            late = stepped.differs(self._kept[0]) | copies.differs(self._kept[1])
+            flags = [stepped.differs(self._kept[0]), copies.differs(self._kept[1])]
+            late = torch.stack([flag.to(self.inside.device) for flag in flags]).any()
             self._late = late if self._late is None else self._late | late
             return
         sizes = stepped.changes(self._kept[0])
