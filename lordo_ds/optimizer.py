@@ -397,6 +397,7 @@ class LoRDO(torch.optim.Optimizer):
         with self.watchdog.at_the_end_of(self.attempted_steps):
             if self.synced:
                 self.sync.flush_rows()
+                self.sync.outside.record()
                 return False
             plan = final_plan(self.config, self.attempted_steps)
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)

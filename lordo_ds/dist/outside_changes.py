@@ -88,7 +88,6 @@ class OutsideChanges:
         """
         if self._kept is None or self._checked:
             return
-        self._checked = True
         for item, shape in zip(self.items, self._shapes, strict=True):
             if item.tensor_shape != shape:
                 raise ConfigError(
@@ -97,6 +96,7 @@ class OutsideChanges:
                     "optimizer is made"
                 )
         self._check_model(equal)
+        self._checked = True
         stepped, copies = now = self._samples()
         if not (stepped.on_host and copies.on_host) and self._tokens == self._seen():
             # On an accelerator nobody waits for the answer: a write that left no trace is refused at the next sync.
@@ -192,8 +192,9 @@ class OutsideChanges:
     # -- what is looked at ---------------------------------------------------------------------------
 
     def _samples(self) -> tuple[Samples, Samples]:
-        stepped = Samples(enumerate(item.weight for item in self.items))
-        return stepped, Samples((i, copy.whole()) for i, copy in self._copies.items())
+        widths = [item.plan.shape[-1] if item.plan.shape else 1 for item in self.items]
+        stepped = Samples((i, item.weight, widths[i]) for i, item in enumerate(self.items))
+        return stepped, Samples((i, copy.whole(), widths[i]) for i, copy in self._copies.items())
 
     def _seen(self) -> list[object]:
         return [item.token for item in self.items] + [copy.token() for copy in self._copies.values()]

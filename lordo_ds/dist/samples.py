@@ -13,14 +13,17 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Samples:
-    """Copies of evenly spaced elements of tensors, each under a number. Those of the same tensors can be compared."""
+    """Copies of evenly spaced elements of tensors. Those of the same tensors can be compared.
 
-    def __init__(self, tensors: Iterable[tuple[int, Tensor]]) -> None:
+    Args:
+        tensors: (a number, the tensor, the columns of its matrix) of each.
+    """
+
+    def __init__(self, tensors: Iterable[tuple[int, Tensor, int]]) -> None:
         parts: dict[tuple[torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
-        for number, tensor in tensors:
+        for number, tensor, columns in tensors:
             if tensor.numel():
-                # An odd step: one that the width of a matrix divides would see few of its columns.
-                flat = tensor.detach().reshape(-1)[:: -(-tensor.numel() // SAMPLES) | 1]
+                flat = tensor.detach().reshape(-1)[:: _distance(tensor.numel(), columns)]
                 parts.setdefault((flat.dtype, flat.device), []).append((number, flat))
         self._numbers = {kind: [(number, len(flat)) for number, flat in found] for kind, found in parts.items()}
         self._values = {kind: torch.cat([flat for _, flat in found]) for kind, found in parts.items()}
@@ -60,6 +63,12 @@ class Samples:
                     apart, size = (now.double() - before.double()).norm(), before.double().norm()
                     found[number] = float(apart / size) if bool(size > 0) and bool(apart.isfinite()) else float("inf")
         return dict(sorted(found.items()))
+
+
+def _distance(numel: int, columns: int) -> int:
+    """Between two elements that are looked at. Whole rows, or about, would show few of the columns."""
+    least = -(-numel // SAMPLES)
+    return least | 1 if least < columns else -(-least // columns) * columns + int(0.618 * columns)
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -127,6 +128,25 @@ def swapped() -> dict[tuple[int, str], bool]:
 def test_weights_that_are_swapped_in_and_back_again_change_nothing() -> None:
     for found in run_ranks(swapped, 2, timeout_s=120):
         assert all(found.values()), found
+
+
+def saved_at_once(folder: str) -> float:
+    """Weights loaded into the model, no checkpoint to go on from, and a first save before the first step."""
+    engine = engine_of(0, "fp32")
+    load(engine, other_weights())
+    assert engine.load_checkpoint(folder)[0] is None
+    engine.save_checkpoint(folder, tag="start")
+    engine.destroy()
+    again = engine_of(0, "fp32")
+    again.load_checkpoint(folder, tag="start")
+    train(again, 1, 3)
+    found = distance(weights(again), other_weights())
+    again.destroy()
+    return found
+
+
+def test_weights_loaded_before_a_first_save_are_those_that_a_resumed_run_trains(tmp_path: Path) -> None:
+    assert all(apart < 0.1 for apart in run_ranks(saved_at_once, 2, str(tmp_path), timeout_s=60))
 
 
 def refused() -> dict[str, str]:
