@@ -26,7 +26,7 @@ from lordo_ds.checkpoint.layout import (
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
-from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
+from lordo_ds.core.inner import StepSettings, adamw_step_, decay_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.dist.agreement import agreed, reseeded_later
 from lordo_ds.dist.copies import TiedWeight
@@ -34,6 +34,7 @@ from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
 from lordo_ds.dist.inner_step import step_fragments_
 from lordo_ds.dist.inside import InsideComm, InsideReplica
+from lordo_ds.dist.made_up_step import only_makes_state
 from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.dist.report import SyncReport
 from lordo_ds.dist.sync import OuterSync
@@ -179,6 +180,7 @@ class LoRDO(torch.optim.Optimizer):
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start(resuming):
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
+        self.sync.outside.record()
 
     @staticmethod
     def _check_alike(fragments: Sequence[Fragment], inside: InsideReplica) -> None:
@@ -244,6 +246,12 @@ class LoRDO(torch.optim.Optimizer):
             if self.managed:
                 return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
             self._attach_alone()
+        assert self.sync is not None
+        first = not (self.managed or self.attempted_steps)
+        if first and only_makes_state(self.param_groups, self.sync.wire, self.sync.inside):
+            return loss
+        if not self.managed:
+            self.begin_attempt()
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
@@ -289,15 +297,20 @@ class LoRDO(torch.optim.Optimizer):
         this_step = self.attempted_steps + 1
         plan = sync_plan(self.config, this_step)
         from_gradient = self.config.basis_source == "gradient" and plan.refresh_basis
+        own = self.sync.bases.each_replica_its_own
+        may_be_first = self.sync.bases.may_be_first(this_step, self.executed_steps)
         ready = []
         for fragment, gradient, settings in chosen:
-            if self.sync.bases.each_replica_its_own and (not fragment.has_basis or from_gradient):
+            if own and (from_gradient if fragment.has_basis else may_be_first):
                 self.sync.bases.refresh_in_step(fragment, with_error(gradient, fragment.error), this_step)
             if not fragment.has_basis:
-                # A first basis comes from all replicas; nothing may cross them here, so the update waits.
-                fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
+                if may_be_first and not own:
+                    # A first basis comes from all replicas; nothing may cross them here, so the update waits.
+                    fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
+                else:
+                    decay_(fragment.weight, settings)
                 continue
-            if from_gradient and not self.sync.bases.each_replica_its_own:
+            if from_gradient and not own:
                 # A = G + E, before this step moves what it drops into E.
                 kept = with_error(gradient, fragment.error)
                 fragment.gradient = self._keep(fragment, kept) if kept is gradient else kept
@@ -318,7 +331,17 @@ class LoRDO(torch.optim.Optimizer):
                 fragment.state["step"] += 1
             step_fragments_(fragments, gradients, settings, self.sync.inside, measure)
 
-    # -- the end of an attempted step ----------------------------------------------------------------
+    # -- around an attempted step --------------------------------------------------------------------
+
+    def begin_attempt(self) -> None:
+        """Take over weights that were changed since the last step; an engine calls it before its own step.
+
+        Raises:
+            ConfigError: a parameter was resized or replaced.
+        """
+        assert self.sync is not None
+        equal = self.attempted_steps == self.sync.last_synced_step
+        self.sync.outside.check(self.attempted_steps + 1, equal)
 
     @torch.no_grad()
     def end_attempt(self) -> bool:
@@ -328,6 +351,8 @@ class LoRDO(torch.optim.Optimizer):
             Whether weights changed after `step()`: low-precision copies must then be refreshed.
         """
         assert self.sync is not None
+        if not self._executed_now:
+            self.begin_attempt()
         self.attempted_steps += 1
         self.executed_steps += self._executed_now
         with self.watchdog.at_the_end_of(self.attempted_steps):
@@ -335,6 +360,10 @@ class LoRDO(torch.optim.Optimizer):
         if self.synced:
             self.watchdog.synced(self.attempted_steps)
         self.last_attempt_executed, self._executed_now = self._executed_now, False
+        if self.managed:
+            self.sync.outside.forget()  # until the engine has given the model its weights, and records them
+        else:
+            self.sync.outside.record()
         return changed
 
     def _cross_replicas(self) -> bool:
@@ -343,7 +372,9 @@ class LoRDO(torch.optim.Optimizer):
         plan = sync_plan(self.config, self.attempted_steps)
         if plan.due or self.executed_steps <= 1:
             self.sync.check_copies(self.attempted_steps)
-        if self.sync.bases.wait_for_all_replicas() and self.sync.bases.first(self.attempted_steps):
+        if self.sync.bases.wait_for_all_replicas(self.attempted_steps):
+            executed_before = self.executed_steps - self._executed_now
+            self.sync.bases.first(self.attempted_steps, executed_before, self._executed_now)
             changed = self._apply_deferred()
         if plan.due:
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
@@ -351,6 +382,7 @@ class LoRDO(torch.optim.Optimizer):
         return changed
 
     def _apply_deferred(self) -> bool:
+        """The updates that waited for a basis; weight decay alone where there still is none."""
         assert self.sync is not None
         plan = sync_plan(self.config, self.attempted_steps)
         deferred = []
@@ -360,9 +392,12 @@ class LoRDO(torch.optim.Optimizer):
             assert fragment.gradient is not None
             deferred.append((fragment, fragment.gradient, fragment.settings))
             fragment.settings = None
-            if not (self.config.basis_source == "gradient" and plan.refresh_basis):
+            if not (fragment.has_basis and self.config.basis_source == "gradient" and plan.refresh_basis):
                 fragment.gradient = None
-        self._run_low_rank(deferred, measure=plan.due)
+        for fragment, _, settings in deferred:
+            if not fragment.has_basis:
+                decay_(fragment.weight, settings)
+        self._run_low_rank([one for one in deferred if one[0].has_basis], measure=plan.due)
         return bool(deferred)
 
     @torch.no_grad()
@@ -373,13 +408,16 @@ class LoRDO(torch.optim.Optimizer):
             Whether weights changed.
         """
         assert self.sync is not None, "final_sync() needs at least one step"
+        self.begin_attempt()
         with self.watchdog.at_the_end_of(self.attempted_steps):
             if self.synced:
                 self.sync.flush_rows()
+                self.sync.outside.record()
                 return False
             plan = final_plan(self.config, self.attempted_steps)
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)
         self.watchdog.synced(self.attempted_steps)
+        self.sync.outside.record()
         return True
 
     @property
@@ -471,6 +509,8 @@ class LoRDO(torch.optim.Optimizer):
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved_group.items() if key != "params"})
         self.restore_counters(ours.counters, ours.bytes_sent, ours.rows)
+        if not ours.fragments:
+            self.sync.outside.record()
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
         """The header of a state that can be loaded; the parameter groups must hold the stepped tensors.
@@ -542,6 +582,7 @@ class LoRDO(torch.optim.Optimizer):
         self.attempted_steps, self.executed_steps = counters.attempted_steps, counters.executed_steps
         self.sync.bases.look_again()
         self.sync.faults.doubtful = False  # about steps that are undone
+        self.sync.outside.forget()
         for name in SYNC_COUNTERS:
             setattr(self.sync, name, getattr(counters, name))
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))

@@ -28,6 +28,7 @@ from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, model_facts
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.inside import InsideComm, InsideReplica
+from lordo_ds.dist.model_copy import checked_model, whole_copy
 from lordo_ds.dist.wire import ReplicaWire
 from lordo_ds.optimizer import LoRDO
 from megatron_patches.ddp import Replicas
@@ -77,6 +78,7 @@ def lordo_optimizer(
     tensors = [tensor for group in lordo.param_groups for tensor in group["params"]]
     _attach(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
     wrapper.refresh_model()
+    _watch(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
     wrapper.handle = TrainingHandle(lordo, replicas, _gradient_bytes(chunk), wrapper.take_over)
     wrapper.samples = SampleCheck(chunk, first_stage=parallel_state.is_pipeline_first_stage())
     wrapper.check_loop = _keep_tokens_inside(get_model_config(chunk), replicas)
@@ -173,6 +175,23 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
         tensor=InsideComm(groups.tensor), everyone=InsideComm(groups.inside), rows=twins, device=device
     )
     lordo.attach(flats, wire, inside, _tied(model, facts))
+
+
+def _watch(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], replicas: Replicas) -> None:
+    """Have changes of the model's weights between steps seen, also where masters are stepped."""
+    parameters = {
+        fact.name: parameter
+        for parameter, fact in named_facts(model, replicas.groups.tensor_size).items()
+        if parameter in tensors
+    }
+    copies = {
+        name: whole_copy(parameter, (0, parameter.numel()))
+        for name, parameter in parameters.items()
+        if tensors[parameter] is not parameter
+    }
+    assert lordo.sync is not None
+    lordo.sync.outside.watch(copies, checked_model(model, parameters), None)
+    lordo.sync.outside.record()
 
 
 def named_facts(model: nn.Module, tensor_size: int) -> dict[nn.Parameter, ParameterFacts]:

@@ -41,17 +41,19 @@ class EndsInASync:
             As Megatron's: (whether it was executed, gradient norm, zeros in the gradient).
         """
         self.check_loop()
+        lordo: LoRDO = self.optimizer  # type: ignore[attr-defined]
+        lordo.begin_attempt()
         self._in_step = True
         try:
             result = super().step()  # type: ignore[misc]
         finally:
             self._in_step = False
-        lordo: LoRDO = self.optimizer  # type: ignore[attr-defined]
         before = lordo.executed_steps + bool(result[0])
         self.steps_taken_over = 0
         if lordo.end_attempt():
             self.take_over(lordo.executed_steps - before)
         assert lordo.sync is not None
+        lordo.sync.outside.record()
         if lordo.synced and lordo.sync.syncs == 1:
             self.samples.compare(lordo.sync.wire)
         return result
@@ -69,6 +71,7 @@ class EndsInASync:
         """A sync gave this replica weights, and the count of one that had executed `steps` more."""
         self.steps_taken_over = steps
         self.refresh_model()
+        self.optimizer.sync.outside.record()  # type: ignore[attr-defined]
 
     def refresh_model(self) -> None:
         """Copy the fp32 weights to the low-precision ones that the model computes with."""
@@ -82,6 +85,7 @@ class EndsInASync:
         if not self.optimizer.sync.start():  # type: ignore[attr-defined]
             logger.warning("LoRDO: the replicas loaded different weights; all now have those of replica 0")
         self.refresh_model()
+        self.optimizer.sync.outside.record()  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` of the same rank gave; the weights of an fp32 model are loaded with the model.

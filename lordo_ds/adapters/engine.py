@@ -60,4 +60,6 @@ def load_checkpoint(
     if options:
         raise ValueError(f"LoRDO: load_checkpoint(reshape=True) takes no {sorted(options)[0]!r}: leave it out")
     with found.optimizer.watchdog.during(LOAD):
-        return load_reshaped(engine, found.groups, load_dir, tag, strict)
+        loaded = load_reshaped(engine, found.groups, load_dir, tag, strict)
+        found.remember_weights()
+    return loaded

@@ -16,6 +16,7 @@ from lordo_ds.adapters import stage0
 from lordo_ds.adapters.checkpoints import keep_replicas_apart
 from lordo_ds.adapters.equalise import equalise_untrained
 from lordo_ds.adapters.global_mpu import lend_to_engine, taken_from, users_mpu
+from lordo_ds.adapters.model_watch import watch_engine
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.saved_files import tell_header
@@ -113,6 +114,9 @@ class EngineHook(RunHandle):
         tell_header(engine, groups, facts, trained)
         gather_again_what_was_gathered(engine, DEEPSPEED_VERSION)
         refresh_low_precision(engine)
+        assert self.optimizer.sync is not None
+        watch_engine(engine, self.optimizer.sync.outside, facts)
+        self.remember_weights()
 
     # -- what users and the training script read -----------------------------------------------------
 
@@ -138,6 +142,7 @@ class EngineHook(RunHandle):
         def with_end_of_attempt(take_step: Any) -> Any:
             @functools.wraps(take_step)
             def take_model_step(lr_kwargs: Any) -> Any:
+                hook.optimizer.begin_attempt()
                 result = take_step(lr_kwargs)
                 hook._end_attempt()
                 return result
@@ -159,6 +164,27 @@ class EngineHook(RunHandle):
                     return original(*args, **kwargs)
 
             return count_all
+
+        def and_remember(load: Any) -> Any:
+            @functools.wraps(load)
+            def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+                result = load(*args, **kwargs)
+                if result[0] is not None:
+                    hook.remember_weights()
+                return result
+
+            return load_checkpoint
+
+        def with_loaded_weights(save: Any) -> Any:
+            @functools.wraps(save)
+            def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
+                # Later the weights of an evaluation may be in the model just now.
+                if hook.optimizer.attempted_steps == 0:
+                    hook.optimizer.begin_attempt()
+                    hook.remember_weights()
+                return save(*args, **kwargs)
+
+            return save_checkpoint
 
         def and_forget(destroy: Any) -> Any:
             @functools.wraps(destroy)
@@ -182,6 +208,8 @@ class EngineHook(RunHandle):
             replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
         lend_to_engine(engine, DEEPSPEED_VERSION)
         keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
+        replace_method(engine, "load_checkpoint", ("load_dir", "tag"), and_remember, DEEPSPEED_VERSION)
+        replace_method(engine, "save_checkpoint", ("save_dir", "tag"), with_loaded_weights, DEEPSPEED_VERSION)
         stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
         if is_pipeline(engine):
             replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION)
@@ -197,6 +225,7 @@ class EngineHook(RunHandle):
         scheduled = self.optimizer.executed_steps + int(self.engine.was_step_applied())
         if self.optimizer.end_attempt():
             refresh_low_precision(self.engine)
+        self.remember_weights()
         # A replica that skipped steps takes over the schedule of the one that executed most.
         self._move_schedule(self.optimizer.executed_steps - scheduled)
         if self.optimizer.synced:
@@ -205,7 +234,13 @@ class EngineHook(RunHandle):
     def take_over(self, steps: int) -> None:
         """The optimizer was given weights, and the state of a replica that had executed `steps` more."""
         refresh_low_precision(self.engine)
+        self.remember_weights()
         self._move_schedule(steps)
+
+    def remember_weights(self) -> None:
+        """Only a step, a sync or a load of ours may change the weights from here on."""
+        assert self.optimizer.sync is not None
+        self.optimizer.sync.outside.record()
 
     def _move_schedule(self, steps: int) -> None:
         for _ in range(steps):

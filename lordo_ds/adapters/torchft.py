@@ -119,7 +119,7 @@ class Membership:
         """Instead of the optimizer's own `_cross_replicas`."""
         optimizer = self.optimizer
         plan = sync_plan(optimizer.config, optimizer.attempted_steps)
-        if not plan.due and not self._sync.bases.wait_for_all_replicas():
+        if not plan.due and not self._sync.bases.wait_for_all_replicas(optimizer.attempted_steps):
             return self._cross()
         return self._in_quorum(self._cross)
 
@@ -267,7 +267,7 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
             "replica with one process, or leave torchft off"
         )
     wire = QuorumWire(group)
-    sync.wire = sync.bases.wire = wire
+    sync.wire = sync.bases.wire = sync.outside.wire = wire
     sync.bases.each_replica_its_own = optimizer.config.projection == "local"
     sync.faults = _faults(optimizer, wire)
     for item in sync.items:  # one replica alone keeps none where it can do without
@@ -276,6 +276,8 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
     optimizer._cross_replicas = membership.cross_replicas  # type: ignore[method-assign]
     optimizer.final_sync = membership.final_sync  # type: ignore[method-assign]
     executed = optimizer.executed_steps
-    if membership.join() and engine is not None:
+    joined = membership.join()
+    sync.outside.record()
+    if joined and engine is not None:
         engine.take_over(optimizer.executed_steps - executed)
     return membership

@@ -229,6 +229,11 @@ def stepped_tensors(engine: Any) -> list[Tensor]:
     return [one.tensor for one in _stepped_tensors(engine)]
 
 
+def held_intervals(engine: Any) -> dict[nn.Parameter, Interval]:
+    """The elements [start, stop) of each stepped parameter that this rank steps."""
+    return {place.parameter: place.held for one in _stepped_tensors(engine) for place in one.places}
+
+
 def shard_groups(engine: Any) -> list[dist.ProcessGroup]:
     """The process groups that DeepSpeed shards the stepped tensors over; none at stage 0, but for bf16 pipelines."""
     return [one.group for one in _stepped_tensors(engine) if one.group is not None]

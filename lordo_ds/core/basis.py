@@ -19,10 +19,10 @@ class Refreshed:
     """A new basis, (s, r), orthonormal columns, and what a user should know about how it came to be.
 
     `note` is empty for an ordinary refresh. `kept` says that the previous basis was kept because the matrix
-    was zero or not finite, or its decomposition failed.
+    was zero or not finite, or its decomposition failed; where there was none, there still is none.
     """
 
-    basis: Tensor
+    basis: Tensor | None
     note: str = ""
     kept: bool = False
 
@@ -78,7 +78,7 @@ class WholeMatrix:
 def refresh_basis(
     matrix: Tensor | LeftMatrix, previous: Tensor | None, rank: int, *, method: str, source: str, seed: int
 ) -> Refreshed:
-    """Top-r left space of D (or of its part outside the previous basis), or the previous basis.
+    """Top-r left space of D (or of its part outside the previous basis), or the previous basis, which may be none.
 
     `pseudo_gradient` and `gradient` take the leading left space of the matrix D itself, `complement` that of
     (I - Q Q^T) D. Where fewer than r directions are significant, those are taken and the rest filled up with
@@ -97,13 +97,12 @@ def refresh_basis(
         The new basis in the matrix's dtype. Equal inputs give equal outputs on equal hardware.
     """
     left: LeftMatrix = WholeMatrix(matrix) if isinstance(matrix, Tensor) else matrix
-    fallback = previous if previous is not None else _identity_columns(left, rank)
     # Only relative sizes matter, and squares of small pseudo-gradients underflow in fp32.
     scale, norm = left.peak_and_norm()
     if scale == float("inf"):
-        return Refreshed(fallback, "its matrix is not finite", kept=True)
+        return Refreshed(previous, "its matrix is not finite", kept=True)
     if scale == 0.0:
-        return Refreshed(fallback, "its matrix is zero", kept=True)
+        return Refreshed(previous, "its matrix is zero", kept=True)
     floor = _NOISE_FACTOR * torch.finfo(left.like().dtype).eps
     outside = previous if source == "complement" else None
     if outside is not None:
@@ -111,13 +110,13 @@ def refresh_basis(
         # What projection left over carries the rounding noise of the whole matrix; a full basis leaves only that.
         floor /= max((max(0.0, norm**2 - inside) ** 0.5) / norm, floor)
         if floor >= 1.0 or rank == left.shape[0]:
-            return Refreshed(fallback, "nothing of its matrix lies outside the previous basis", kept=True)
+            return Refreshed(previous, "nothing of its matrix lies outside the previous basis", kept=True)
     try:
         basis, note = _leading_left_space(left, previous, outside, rank, method, seed, scale, floor)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # not in torch's stubs
-        return Refreshed(fallback, f"its decomposition failed ({error})".replace("\n", " "), kept=True)
+        return Refreshed(previous, f"its decomposition failed ({error})".replace("\n", " "), kept=True)
     if not bool(torch.isfinite(basis).all()):
-        return Refreshed(fallback, "its decomposition is not finite", kept=True)
+        return Refreshed(previous, "its decomposition is not finite", kept=True)
     return Refreshed(_fix_signs(basis, previous), note)
 
 
@@ -222,11 +221,6 @@ def fill_up(leading: Tensor, previous: Tensor | None, rank: int) -> Tensor:
             columns.append((residual / length).unsqueeze(-1))
             have += 1
     return torch.cat(columns, dim=-1)
-
-
-def _identity_columns(left: LeftMatrix, rank: int) -> Tensor:
-    like = left.like()
-    return torch.eye(left.shape[0], rank, dtype=like.dtype, device=like.device)
 
 
 def _fix_signs(basis: Tensor, previous: Tensor | None) -> Tensor:

@@ -107,6 +107,12 @@ def advance_moments_(
     return [Update(x, den_mean=den.mean(dim=-2, keepdim=True)) for x, den in zip(normalised, dens, strict=True)]
 
 
+def decay_(weight: Tensor, settings: StepSettings) -> None:
+    """Decoupled weight decay (AdamW), in place: all that an executed step does to a matrix without a basis."""
+    if settings.weight_decay:
+        weight.mul_(1.0 - settings.lr * settings.weight_decay)
+
+
 def apply_update_(weight: Tensor, gradient: Tensor, basis: Tensor, update: Update, settings: StepSettings) -> None:
     """Step the elements of one tile in place, with decoupled weight decay first (AdamW).
 
@@ -120,8 +126,7 @@ def apply_update_(weight: Tensor, gradient: Tensor, basis: Tensor, update: Updat
         weight, gradient: (s, l) oriented tiles; may be transposed views.
         basis: the tile's rows of Q, (s, r).
     """
-    if settings.weight_decay:
-        weight.mul_(1.0 - settings.lr * settings.weight_decay)
+    decay_(weight, settings)
     weight.addmm_(basis, update.coordinates, alpha=-settings.lr)
     if update.den_mean is not None:
         weight.addcdiv_(gradient, update.den_mean, value=-settings.lr * (1.0 - settings.omega))
@@ -159,8 +164,7 @@ def adamw_step_(weight: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: T
         )
         return
     c1, c2 = settings.bias_corrections
-    if settings.weight_decay:
-        weight.mul_(1.0 - settings.lr * settings.weight_decay)
+    decay_(weight, settings)
     exp_avg.lerp_(gradient, 1.0 - b1)
     exp_avg_sq.mul_(b2).addcmul_(gradient, gradient, value=1.0 - b2)
     den = (exp_avg_sq / c2).sqrt_().add_(settings.eps)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import refresh_basis, sketch_seed
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.schedule import SyncPlan, sync_plan
+from lordo_ds.core.schedule import SyncPlan, first_basis_due, sync_plan
 
 
 class Reference:
@@ -27,6 +27,7 @@ class Reference:
         self.M, self.n = len(weights), 0
         self.own_basis = self.M == 1 or config.projection == "local"
         self.doubtful: set[int] = set()
+        self.executed = [0] * self.M
         self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
         self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
         self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
@@ -49,43 +50,54 @@ class Reference:
         """One attempted step on every replica, and the sync that it ends in if one is due.
 
         A loss that is not finite, of a step that was executed, keeps its replica out of the next sync.
+
+        A matrix gets its basis from the first gradient that has a direction. Until then its moments are zero, its t
+        stands, and an executed step of it is weight decay alone.
         """
         self.n += 1
+        lr = self.config.lr if lr is None else lr
         plan = sync_plan(self.config, self.n)
         executed = {m: G for m, G in enumerate(gradients) if G is not None}
-        low_rank = [p.name for p in self.plans if p.low_rank]
-        finite = [m for m, G in executed.items() if all(bool(torch.isfinite(G[name]).all()) for name in low_rank)]
+        waiting = [p.name for p in self.plans if p.low_rank and self.state[0][p.name]["Q"] is None]
+        finite = [m for m, G in executed.items() if all(bool(torch.isfinite(G[name]).all()) for name in waiting)]
         for p in self.plans:
             if p.low_rank:
                 self._bases_before(p, plan, {m: G[p.name] for m, G in executed.items()}, finite)
             for m, G in executed.items():
-                if not p.low_rank or self.state[m][p.name]["Q"] is not None:
-                    self._inner(
-                        p,
-                        self.weights[m][p.name],
-                        G[p.name],
-                        self.state[m][p.name],
-                        self.config.lr if lr is None else lr,
-                    )
+                if p.low_rank and self.state[m][p.name]["Q"] is None:
+                    self.weights[m][p.name] *= 1 - lr * self.config.weight_decay
+                else:
+                    self._inner(p, self.weights[m][p.name], G[p.name], self.state[m][p.name], lr)
+        for m in executed:
+            self.executed[m] += 1
         if plan.due:
             self._sync(plan, gradients)
         self.doubtful |= {m for m in executed if losses and not math.isfinite(losses[m])}
         return plan
 
     def _bases_before(self, p: ParameterPlan, plan: SyncPlan, gradients: dict[int, Tensor], finite: list[int]) -> None:
-        """First bases, and those that a replica refreshes inside a due step from its own A = G + E."""
+        """First bases, and those that a replica refreshes inside a due step from its own A = G + E.
+
+        Where the gradient, averaged over the replicas that have only finite ones, is zero there is none yet.
+        """
+        due = first_basis_due(self.config, self.n)
         refresh = self.config.basis_source == "gradient" and self.own_basis and plan.refresh_basis
-        if not self.own_basis and self.state[0][p.name]["Q"] is None and finite:
+        may_be_first = due or not any(self.executed)
+        if not self.own_basis and self.state[0][p.name]["Q"] is None and finite and may_be_first:
             mean = torch.stack([p.orient(gradients[m]) for m in finite]).mean(0)
             for m in range(self.M):
                 self._refresh(p, self.state[m][p.name], mean)
         for m, G in gradients.items():
             S = self.state[m][p.name]
-            if self.own_basis and (S["Q"] is None or refresh):
+            may_be_first = due or not self.executed[m]
+            if self.own_basis and (refresh or (S["Q"] is None and may_be_first)):
                 self._refresh(p, S, p.orient(G) + (S["E"] if self.config.error_feedback else 0))
 
     def _refresh(self, p: ParameterPlan, S: dict[str, Any], D: Tensor) -> None:
-        """Q' from D, and the moments in it: u <- R u; v <- c2 |R^2 (v^ - u^^2) + (R u^)^2|, R = Q'^T Q."""
+        """Q' from D, and the moments in it: u <- R u; v <- c2 |R^2 (v^ - u^^2) + (R u^)^2|, R = Q'^T Q.
+
+        A D without a direction (zero, not finite) leaves the basis as it is, also where there is none.
+        """
         old = S["Q"]
         S["Q"] = refresh_basis(
             D,
@@ -136,6 +148,7 @@ class Reference:
 
     def _sync(self, plan: SyncPlan, gradients: list[dict[str, Tensor] | None]) -> None:
         """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
+        self.executed = [max(self.executed)] * self.M
         # One replica with plain averaging keeps no anchor to return to.
         alone = self.M == 1 and self.config.outer.is_plain_average
         finite = [m for m in range(self.M) if alone or (self._is_finite(m) and m not in self.doubtful)]

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from lordo_ds.config import LordoConfig
 
+# Until then every step may give a matrix its first basis: longer than any chain of layers that start at zero.
+FIRST_STEPS = 8
+
 
 @dataclass(frozen=True)
 class SyncPlan:
@@ -29,6 +32,16 @@ def sync_plan(config: LordoConfig, step: int) -> SyncPlan:
     if not (warming_up or on_interval):
         return SyncPlan(due=False)
     return _plan(config, step, warming_up, on_interval)
+
+
+def first_basis_due(config: LordoConfig, step: int) -> bool:
+    """Whether a matrix that still has no basis may get its first one in attempted step `step`.
+
+    The run's first executed step always may. A matrix behind one that starts at zero (LoRA's A, what comes before a
+    zero-initialised projection) has its first gradient a few steps later; one that never has any must not make every
+    step ask the other replicas: after the first steps those at powers of two do, and those that sync anyway.
+    """
+    return step <= FIRST_STEPS or step & (step - 1) == 0 or sync_plan(config, step).due
 
 
 def final_plan(config: LordoConfig, step: int) -> SyncPlan:

@@ -98,6 +98,16 @@ class Fragment:
         return self._tensor.detach().view(-1)[self.offset : self.offset + self.numel]
 
     @property
+    def tensor_shape(self) -> torch.Size:
+        """Of the tensor that is stepped, which may hold other parameters too."""
+        return self._tensor.shape
+
+    @property
+    def token(self) -> object:
+        """The same as before, unless somebody has written to the stepped tensor openly."""
+        return self._tensor._version, self._tensor.data_ptr()
+
+    @property
     def steps_whole_parameter(self) -> bool:
         """Whether the stepped tensor is the parameter itself (or its master), not a flat tensor of several."""
         return tuple(self._tensor.shape) == self.plan.shape and self._tensor.dim() > 1

@@ -24,13 +24,14 @@ from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.ledger import gather_bytes
 from lordo_ds.dist.moments import common_moments_, republish_
 from lordo_ds.dist.outer_step import OuterStep
+from lordo_ds.dist.outside_changes import OutsideChanges
 from lordo_ds.dist.report import RowAverager, SyncReport
 from lordo_ds.dist.wire import ReplicaWire, SyncError
 
 logger = logging.getLogger("lordo_ds")
 
 DEFAULT_BUCKET_NUMEL = 1 << 24  # elements of a shard reduced in one message; bounds the workspace of a sync
-_HEADER_FIELDS = 7  # step, rows, their length, finite, executed steps, executed now, basis checksum
+_HEADER_FIELDS = 9  # step, rows, their length, finite, executed steps, executed now, basis checksum, outside changes
 _TRAILER_FIELDS = 4  # checksum, |D_m|^2, energy inside the basis, energy
 
 
@@ -53,6 +54,7 @@ class OuterSync:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
         self.bases = Bases(config, items, wire, inside)
         self.faults = Faults(config, items, wire, inside)
+        self.outside = OutsideChanges(items, wire, inside)
         self.outer_step = OuterStep(config, inside)
         self.tensor_copies, self.tied_copies = TensorCopies(items, inside.tensor), TiedCopies(items, tied)
         order = [self.items[i] for i in balanced_order([item.intervals for item in self.items])]
@@ -168,6 +170,7 @@ class OuterSync:
         finite = not can_return or self.faults.replica_is_finite()
         shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
         fields = [step, *self.rows.shape, int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
+        fields += self.outside.header_fields()
         assert len(fields) == _HEADER_FIELDS
         header = self.wire.gather(
             self.inside.vector(fields + [item.step for bucket in self.buckets for item in bucket]), "header"
@@ -175,6 +178,7 @@ class OuterSync:
         self.wire.assert_same("step", header[:, 0])
         if self.wire.steps_alike:
             self.wire.assert_same("recorded rows", header[:, 1])
+        self.outside.check_header(header[:, 7:9], header[:, 3].bool().tolist(), step)
         if not bool((header[:, 6] == header[0, 6]).all()):
             raise SyncError(
                 f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
@@ -259,7 +263,7 @@ class OuterSync:
         Args:
             shares: this rank's share of |D_m|^2, |D|^2, the sum of overlaps, and how many they are.
         """
-        report.basis_notes = self.bases.take_notes()
+        report.basis_notes = self.bases.take_notes(report.step)
         sums = torch.tensor([*shares, *self._gradient_energies()], dtype=torch.float64, device=self.inside.device)
         own_norm, mean_norm, overlaps, refreshed, inside, energy = self.inside.everyone.sum_(sums, "report").tolist()
         report.overlap = overlaps / refreshed if refreshed else None
@@ -345,5 +349,5 @@ class OuterSync:
                 moments = sum(i.state[n].numel() for i in averaged for n in names if n in i.state)
                 sent += self.wire.sum_bytes(moments, width) if due and moments else 0
             if plan.refresh_basis and self.config.basis_source == "gradient" and not self.bases.each_replica_its_own:
-                sent += sum(self.wire.sum_bytes(i.numel, width) for i in bucket if i.plan.low_rank)
+                sent += sum(self.wire.sum_bytes(i.numel, width) for i in bucket if i.has_basis)
         return sent

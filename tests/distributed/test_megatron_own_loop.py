@@ -291,6 +291,31 @@ def test_weights_given_to_the_model_are_where_the_next_sync_starts_from(dtype: t
         assert all(bool((tensor == 2.0).all()) for tensor in (*weights.values(), *anchors.values()))
 
 
+def loaded_without_a_word(dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor], str]:
+    """Nobody calls reload_model_params: Megatron's bf16 optimizer would overwrite what was loaded."""
+    start_megatron()
+    loop = Loop.of_toys(dtype=dtype, settings={"outer": {"momentum": 0.7, "orthogonalize": True}})
+    for step in range(1, 7):
+        if step == 5:
+            with torch.no_grad():
+                for parameter in loop.module.parameters():
+                    parameter.fill_(2.0)
+        loop.step([given(step, dist.get_rank(), dtype)], forward_toy)
+    mains = {name: getattr(p, "main_param", p).detach().clone() for name, p in loop.module.named_parameters()}
+    loop.module.wide = nn.Parameter(loop.module.wide.detach().clone())
+    with pytest.raises(ValueError) as refused:
+        loop.step([given(7, dist.get_rank(), dtype)], forward_toy)
+    return loop.weights(), mains, str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_loaded_between_two_steps_are_those_that_are_trained(dtype: torch.dtype) -> None:
+    for weights, mains, refused in run_ranks(loaded_without_a_word, 2, dtype):
+        assert all(float((tensor - 2.0).norm() / tensor.norm()) < 0.1 for tensor in mains.values())
+        assert all(torch.equal(weights[name], main.to(dtype)) for name, main in mains.items())
+        assert "wide was replaced by another parameter" in refused
+
+
 def scheduled() -> list[tuple[float, float]]:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 

@@ -7,6 +7,7 @@ own, so that odd cuts can be tried cheaply.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -131,6 +132,7 @@ def difference(
     tensor: int,
     sliced: dict[str, int],
     dtype: torch.dtype,
+    given: Callable[[int, int, torch.dtype], dict[str, Tensor]] = problems.gradients,
 ) -> tuple[float, int]:
     """Largest distance of this rank's fragment to the reference, and how much of the state several shards keep."""
     groups = groups_of(replica_size, tensor)
@@ -146,14 +148,16 @@ def difference(
         everyone=InsideComm(groups.inside if replica_size * tensor > 1 else None),
     )
     optimizer.attach([problem], ReplicaWire(groups.replica if replicas > 1 else None), inside)
+    assert optimizer.sync is not None
     config, worst = LordoConfig.parse(settings), 0.0
     for step in range(1, STEPS + 1):
         flat.grad = torch.zeros_like(flat)
-        gradients = problems.gradients(step, replica, dtype)
+        gradients = given(step, replica, dtype)
         flat.grad[: held.stop - held.start] = flatten(gradients, sliced, index, tensor)[held]
         sent_before = inside.tensor.ledger.total_bytes
+        waits = any(item.plan.low_rank and not item.has_basis for item in optimizer.sync.items)
         optimizer.step()
-        quiet = config.qh_mode != "factored" and step % config.sync_interval and step > 1
+        quiet = config.qh_mode != "factored" and step % config.sync_interval and step > 1 and not waits
         assert not quiet or inside.tensor.ledger.total_bytes == sent_before, "a step needs no tensor communication"
         flat.grad.fill_(float("nan"))  # engines reuse their flat gradient buffers
         optimizer.end_attempt()

@@ -247,8 +247,7 @@ def bytes_between_and_at_syncs(optimizer: dict[str, Any], rows: bool) -> list[tu
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, recorded, 2) if plan.due else 0
             if step == 1:
-                first = sum(p.numel for p in hook.optimizer.plans if p.low_rank) * 4 * 2 * (replicas - 1) // replicas
-                predicted += first + 2 * 8 * (replicas - 1)
+                predicted += sync.bases.predicted_bytes()
             found.append((counted, hook.bytes_sent - before, predicted, len(crossing)))
             if rows:
                 hook.record(loss=float(step), grad_norm=1.0)

@@ -189,8 +189,8 @@ def trained(kind: str, stage: int, dtype: str, replica_size: int, stages: int, s
             crossing = counter.crossing(place, phase=f"step {step}")
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, rows, 1) if plan.due else 0
-            if step == 1 and hook.replicas > 1:  # the first basis; a stage with nothing to project sends its flags
-                predicted += sum(4 * item.numel for item in sync.items if item.plan.low_rank) + 2 * 8
+            if step == 1:  # the first basis; a stage with nothing to project sends its flags
+                predicted += sync.bases.predicted_bytes()
             counter.phase("reading")
             found["steps"].append(
                 {

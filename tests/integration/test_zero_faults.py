@@ -150,8 +150,7 @@ def bytes_per_step(stage: int, optimizer: dict[str, Any]) -> list[tuple[int, int
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, rows, 1) if plan.due else 0
             if step == 1:
-                first = [item.numel for item in sync.items if item.plan.low_rank]
-                predicted += sum(sync.wire.sum_bytes(numel, 4) for numel in first) + 2 * 8
+                predicted += sync.bases.predicted_bytes()
             found.append((counted, hook.bytes_sent - before, predicted))
             hook.record(loss=1.0)
     return found

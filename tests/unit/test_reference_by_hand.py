@@ -156,7 +156,53 @@ def test_a_gradient_that_is_zero_leaves_the_weights_finite_in_every_mode() -> No
         steps = reference([tensor([[1.0, 2, 3], [4, 5, 6]])], rank=1, qh_mode=mode, eps=1e-8)
         steps.step(gradients(zeros((2, 3))))
         same(steps.weights[0]["w"], [[1, 2, 3], [4, 5, 6]])
-        same(steps.state[0]["w"]["Q"], [[1], [0]])  # nothing significant: columns of the identity
+        assert steps.state[0]["w"]["Q"] is None
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_basis_comes_from_the_first_gradient_that_has_a_direction(mode: str, replicas: int) -> None:
+    """Until then a step is weight decay alone, and what follows is as if training began there."""
+    settings = {"rank": 1, "qh_mode": mode, "weight_decay": 0.5, "sync_interval": 100}
+    late = reference([tensor([[1.0, 2, 3], [4, 5, 6]])] * replicas, **settings)
+    none = zeros((2, 3))
+    for _ in range(2):
+        late.step(gradients(*[none] * replicas))
+    decayed = tensor([[1.0, 2, 3], [4, 5, 6]]) * 0.95**2
+    same(late.weights[0]["w"], decayed.numpy())
+    state = late.state[0]["w"]
+    assert state["Q"] is None and state["t"] == 0 and not bool(state["u"].any()) and not bool(state["row"].any())
+    fresh = reference([decayed] * replicas, **settings)
+    # One replica's own gradient may still be zero: the average has a direction.
+    own = [FIRST, none][:replicas]
+    for one in (late, fresh):
+        one.step(gradients(*own))
+        one.step(gradients(*[SECOND] * replicas))
+    for m in range(replicas):
+        same(late.weights[m]["w"], fresh.weights[m]["w"].numpy())
+        same(late.state[m]["w"]["Q"], [[1], [0]])  # FIRST leads with e1
+        assert late.state[m]["w"]["t"] == 2
+
+
+def test_a_matrix_that_waits_is_asked_for_a_basis_in_the_first_steps_at_powers_of_two_and_at_syncs() -> None:
+    found = []
+    for first in range(1, 14):
+        steps = reference([START, START], rank=2, sync_interval=12)
+        for n in range(1, 14):
+            steps.step(gradients(*[MEAN * (n >= first)] * 2))
+            if steps.state[0]["w"]["Q"] is not None:
+                found.append((first, n))
+                break
+    assert found == [*((n, n) for n in range(1, 9)), *((n, 12) for n in range(9, 13))]
+
+
+def test_the_first_executed_step_may_give_a_basis_whenever_it_comes() -> None:
+    """fp16 may overflow in many steps at the start."""
+    steps = reference([START, START], rank=2, sync_interval=100)
+    for _ in range(10):
+        steps.step(gradients(None, None))
+    steps.step(gradients(None, MEAN))
+    assert steps.state[0]["w"]["Q"] is not None and steps.n == 11
 
 
 def test_a_basis_on_columns_is_the_transposed_problem() -> None:
