@@ -186,11 +186,11 @@ class EngineHook(RunHandle):
             ("destroy", (), and_forget),
             ("offload_states", ("include", "device"), _refuse_offload_states),
         ):
-            replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
+            replace_method(engine, name, parameters, make, DEEPSPEED_VERSION, passes_on=True)
         keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
         stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
         if is_pipeline(engine):
-            replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION)
+            replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION, True)
         if stage0.loss_scale(engine) is None:
             return
         if is_pipeline(engine):
