@@ -7,6 +7,13 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
 
 from lordo_ds.adapters.patching import PatchError
 from tests.engines import GivenGradients, make_engine, settings, train_step
@@ -58,3 +65,55 @@ def test_methods_that_somebody_wrapped_without_their_parameters_still_work_or_ar
         assert batches == 4
         assert refusal.startswith("LoRDO: DeepSpeedEngine.save_checkpoint was replaced in this process by tests.")
         assert "functools.wraps" in refusal
+
+
+# -- one parameter's weight, gradient and state ------------------------------------------------------
+
+ENGINES: list[dict[str, Any]] = [
+    {"zero_optimization": {"stage": 1}},
+    {"zero_optimization": {"stage": 2}},
+    {"zero_optimization": {"stage": 3}},
+    {"dtype": "bf16", "zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+]
+
+
+def access_one_parameter() -> list[dict[str, Any]]:
+    """On one replica of all ranks: most parameters lie on one rank only."""
+    found = []
+    for keys in ENGINES:
+        keys = dict(keys)
+        engine = make_engine(settings(keys.pop("dtype", "fp32"), {"replica_size": "all"}, **keys))
+        train_step(engine, 1)
+        said = {}
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+        for name, parameter in engine.module.named_parameters():
+            try:
+                safe_get_full_optimizer_state(parameter, "exp_avg")
+            except ValueError as error:
+                said[f"get {name}"] = str(error)
+            try:
+                safe_set_full_optimizer_state(parameter, torch.zeros(shapes[name]), "exp_avg_sq")
+            except ValueError as error:
+                said[f"set {name}"] = str(error)
+        weight = engine.module.square
+        before = safe_get_full_fp32_param(weight)
+        safe_set_full_fp32_param(weight, before + 1)
+        moved = float((safe_get_full_fp32_param(weight) - before - 1).abs().max())
+        loss = engine({name: torch.ones(shape) for name, shape in shapes.items()})
+        engine.backward(loss)
+        gradient = safe_get_full_grad(weight)
+        found.append({"said": said, "moved": moved, "gradient": float((gradient.float() - 1).abs().max())})
+        engine.destroy()
+    return found
+
+
+def test_a_state_of_one_parameter_is_refused_on_every_rank_and_its_weight_and_gradient_are_there() -> None:
+    for rank in run_ranks(access_one_parameter, 2, timeout_s=60):
+        for engine in rank:
+            assert len(engine["said"]) == 12
+            assert all("use safe_get_full_fp32_param for weights" in text for text in engine["said"].values())
+            assert {text.split(" of ")[0] for text in engine["said"].values()} == {
+                "LoRDO: there is no 'exp_avg'",
+                "LoRDO: there is no 'exp_avg_sq'",
+            }
+            assert engine["moved"] < 1e-6 and engine["gradient"] == 0.0
