@@ -26,6 +26,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from lordo_ds.adapters.agreement import agreed
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import is_pipeline, save_first_replica_only
+from lordo_ds.adapters.weights_of_shards import weights_of_shards
 from lordo_ds.adapters.zero import stepped_tensors_in_groups
 from lordo_ds.checkpoint.files import (
     LATEST,
@@ -224,18 +225,14 @@ def _checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], Non
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         asked = signature.bind(*args, **kwargs).arguments
         weights_only = not asked.get("load_optimizer_states", True) or asked.get("load_module_only", False)
-        if weights_only and engine.zero_optimization_partition_weights():
-            raise ValueError(
-                "LoRDO: DeepSpeed 0.19.8 cannot load weights without optimizer states at stage 3 from this layout: "
-                "load the optimizer states too, or build the model from the plain weights that "
-                "`lordo ckpt export` makes"
-            )
         tag = common_tag(asked["load_dir"], asked.get("tag"))
         if tag is None:
             return original(*args, **kwargs)  # DeepSpeed warns, and returns nothing
         asked["tag"] = tag
         agreed(lambda: _check(engine, groups, Path(asked["load_dir"]), tag, weights_only))
-        if weights_only or not _keeps_states_apart(engine):
+        if weights_only and engine.zero_optimization_partition_weights():
+            path, client_state = weights_of_shards(engine, original)(**asked)
+        elif weights_only or not _keeps_states_apart(engine):
             path, client_state = original(**asked)
         else:
             path, client_state = _load_states_kept_apart(engine, original, asked)
