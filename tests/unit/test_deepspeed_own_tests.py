@@ -52,11 +52,8 @@ def test_nested_states_are_compared_key_by_key() -> None:
     }
 
 
-def row(test: str, lordo: str, reason: str = "", asks: bool = True) -> tool.Row:
-    results = {"Adam": tool.Result("passed", "c0", "")}
-    if asks:
-        results |= {name: tool.Result(lordo, "c0", reason) for name in ("replicas", "one replica")}
-    return tool.Row(test, asks, results)
+def row(test: str, lordo: str, reason: str = "") -> tool.Row:
+    return tool.Row(test, True, tool.Result("passed", "c0", ""), tool.Result(lordo, "c0", reason))
 
 
 def test_a_refusal_explains_itself_and_another_difference_does_not() -> None:
@@ -64,14 +61,22 @@ def test_a_refusal_explains_itself_and_another_difference_does_not() -> None:
         "unit/a.py::test[1]", "failed", "ConfigError: LoRDO: zero_optimization.x is not supported: leave it out"
     )
     crashed = row("unit/a.py::test[2]", "failed", "KeyError: 'exp_avg'")
-    rows = [refused, crashed, row("unit/a.py::test[3]", "passed"), row("unit/b.py::test", "", asks=False)]
+    asks_for_sgd = tool.Row("unit/b.py::test", False, tool.Result("passed", "c0", ""))
+    rows = [refused, crashed, row("unit/a.py::test[3]", "passed"), asks_for_sgd]
     tool.explain(rows)
     assert refused.kind == "refused" and refused.why.endswith("is not supported: leave it out")
     assert crashed.differs and not crashed.kind
-    text = tool.markdown(rows, "abc of 2026-01-01", "table")
-    assert "**3 tests ask for Adam in their configuration and pass with it; 1 of them pass" in text
+    text = tool.markdown(rows, {"rank": 4}, "abc of 2026-01-01", "table")
+    assert "**3 tests ask for Adam in their configuration and pass with it.\n1 of them pass with LoRDO, 2 do not:\n1 refused" in text
     assert "| unit/a.py | 3 | 3 | 1 |" in text and "1 refused, 1 unexplained" in text
-    assert "Not compared: 1 does not ask for Adam." in text
+    assert "Not compared: 1 does not ask for Adam." in text and "3 of the results with LoRDO are of commit c0." in text
+
+
+def test_an_entry_names_files_classes_and_functions() -> None:
+    for entry in ("unit/a.py", "unit/a.py::TestA", "unit/a.py::TestA::test", "unit/a.py::TestA::test[1]"):
+        assert tool.is_of("unit/a.py::TestA::test[1]", entry)
+    for entry in ("unit/a", "unit/a.py::Test", "unit/a.py::TestA::test[", "unit/a.py::TestA::test[12]"):
+        assert not tool.is_of("unit/a.py::TestA::test[1]", entry)
 
 
 @pytest.mark.slow
@@ -83,6 +88,5 @@ def test_a_file_of_deepspeed_runs_with_both_optimizers(tmp_path: Path) -> None:
     done = subprocess.run([*script, "--output", str(tmp_path / "table")], cwd=ROOT, timeout=280)
     assert done.returncode == 0
     assert (
-        f"{test}::TestStage2IgnoreUnusedParameters::test[False],passed,passed,passed"
-        in (tmp_path / "table.csv").read_text()
+        f"{test}::TestStage2IgnoreUnusedParameters::test[False],passed,passed" in (tmp_path / "table.csv").read_text()
     )
