@@ -15,6 +15,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 
+from lordo_ds import ConfigError, LoRDO
 from lordo_ds.adapters.patching import PatchError
 from tests.engines import GivenGradients, make_engine, settings, train_step
 from tests.ranks import run_ranks
@@ -117,3 +118,31 @@ def test_a_state_of_one_parameter_is_refused_on_every_rank_and_its_weight_and_gr
                 "LoRDO: there is no 'exp_avg_sq'",
             }
             assert engine["moved"] < 1e-6 and engine["gradient"] == 0.0
+
+
+# -- two optimizers ----------------------------------------------------------------------------------
+
+
+def asked_for_two_optimizers() -> list[str]:
+    model, block, said = GivenGradients(), {"type": "SGD", "params": {"lr": 0.1}}, []
+    for keys, optimizer in (
+        # DeepSpeed lets the one given here win; ZeRO-3 cut the parameters by the replicas of the one in the JSON.
+        (
+            {"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True},
+            torch.optim.SGD(model.parameters(), lr=0.1),
+        ),
+        ({}, lambda parameters: torch.optim.SGD(parameters, lr=0.1)),
+        # It averaged the gradients of all ranks, and LoRDO took each of them for a replica.
+        ({"optimizer": block}, lambda parameters: LoRDO(parameters, rank=3)),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            make_engine({**settings(), **keys}, model, optimizer=optimizer)
+        said.append(str(refused.value))
+    return said
+
+
+def test_two_optimizers_or_a_function_that_makes_ours_are_refused() -> None:
+    for other, made, hidden in run_ranks(asked_for_two_optimizers, 2):
+        assert other.startswith("LoRDO: the configuration asks for LoRDO, and deepspeed.initialize was given SGD")
+        assert made.startswith("LoRDO: the configuration asks for LoRDO, and deepspeed.initialize was given a function")
+        assert hidden.startswith("LoRDO: deepspeed.initialize was given a function that makes LoRDO")
