@@ -25,6 +25,7 @@ from lordo_ds.adapters.model_check import check_masters, check_model, leave_what
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import is_pipeline, save_first_replica_only
 from lordo_ds.adapters.saving import RANKS, SAVE_PARAMETERS, place_of, whole_or_not
+from lordo_ds.adapters.weights_of_shards import weights_of_shards
 from lordo_ds.adapters.zero import stepped_tensors_in_groups
 from lordo_ds.checkpoint.files import check_sums, find_tag, read_complete, read_saved
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
@@ -124,12 +125,6 @@ def _checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], Non
     def load(*args: Any, **kwargs: Any) -> Any:
         asked = signature.bind(*args, **kwargs).arguments
         weights_only = not asked.get("load_optimizer_states", True) or asked.get("load_module_only", False)
-        if weights_only and engine.zero_optimization_partition_weights():
-            raise ValueError(
-                "LoRDO: DeepSpeed 0.19.8 cannot load weights without optimizer states at stage 3 from this layout: "
-                "load the optimizer states too, or build the model from the plain weights that "
-                "`lordo ckpt export` makes"
-            )
         tag = common_tag(asked["load_dir"], asked.get("tag"))
         if tag is None:
             return original(*args, **kwargs)  # DeepSpeed warns, and returns nothing
@@ -141,7 +136,9 @@ def _checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], Non
             )
         )
         tell(Path(asked["load_dir"], tag), notes, spoilt, groups.layout.replica_count, weights_only)
-        if weights_only or not _keeps_states_apart(engine):
+        if weights_only and engine.zero_optimization_partition_weights():
+            path, client_state = weights_of_shards(engine, original)(**asked)
+        elif weights_only or not _keeps_states_apart(engine):
             path, client_state = original(**asked)
         else:
             path, client_state = _load_states_kept_apart(engine, original, asked)

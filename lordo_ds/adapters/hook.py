@@ -20,6 +20,7 @@ from lordo_ds.adapters.model_watch import watch_engine
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.adapters.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.saved_files import tell_header
+from lordo_ds.adapters.state_access import refuse_optimizer_states
 from lordo_ds.adapters.support import check_engine
 from lordo_ds.adapters.zero import (
     flat_tensors,
@@ -205,14 +206,15 @@ class EngineHook(RunHandle):
             ("destroy", (), and_forget),
             ("offload_states", ("include", "device"), _refuse_offload_states),
         ):
-            replace_method(engine, name, parameters, make, DEEPSPEED_VERSION)
+            replace_method(engine, name, parameters, make, DEEPSPEED_VERSION, passes_on=True)
         lend_to_engine(engine, DEEPSPEED_VERSION)
         keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
         replace_method(engine, "load_checkpoint", ("load_dir", "tag"), and_remember, DEEPSPEED_VERSION)
         replace_method(engine, "save_checkpoint", ("save_dir", "tag"), with_loaded_weights, DEEPSPEED_VERSION)
         stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
+        refuse_optimizer_states(engine, DEEPSPEED_VERSION)
         if is_pipeline(engine):
-            replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION)
+            replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION, True)
         if stage0.loss_scale(engine) is None:
             return
         if is_pipeline(engine):

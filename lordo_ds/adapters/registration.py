@@ -26,7 +26,7 @@ from lordo_ds.adapters.hook import DEEPSPEED_VERSION, EngineHook
 from lordo_ds.adapters.patching import MethodPatch, PatchError
 from lordo_ds.adapters.pipeline import batch_of_replica, count_all_samples, is_pipeline, replica_grid
 from lordo_ds.adapters.replica_mpu import ReplicaMPU
-from lordo_ds.adapters.support import replica_groups_for, requested_optimizer
+from lordo_ds.adapters.support import refuse_hidden_optimizer, replica_groups_for, requested_optimizer
 from lordo_ds.adapters.zero_init import zero_init_patches
 from lordo_ds.optimizer import LoRDO
 
@@ -97,6 +97,7 @@ def _wrap_init(original: Any) -> Any:
         settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
         if settings is None:
             original(self, args, model, **given)
+            refuse_hidden_optimizer(self)
             return
         groups = replica_groups_for(settings, config, model, mpu, given.get("mesh_device"))
         _adopt_client_optimizer(given)
@@ -121,6 +122,7 @@ def _wrap_pipeline_init(original: Any) -> Any:
         settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
         if settings is None:
             original(self, has_bool_tensors, **given)
+            refuse_hidden_optimizer(self)
             return
         groups = replica_groups_for(settings, config, given["model"], grid)
         _adopt_client_optimizer(given)

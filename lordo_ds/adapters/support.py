@@ -10,6 +10,7 @@ import math
 import os
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.pipe import PipelineModule
@@ -32,12 +33,33 @@ from lordo_ds.optimizer import LoRDO
 
 
 def requested_optimizer(config: Any, client_optimizer: Any, type_name: str) -> LordoConfig | None:
-    """The LoRDO settings an engine is being built with, or None if it is built with another optimizer."""
+    """The LoRDO settings an engine is being built with, or None if it is built with another optimizer.
+
+    Raises:
+        ConfigError: the configuration asks for LoRDO and the caller gives another optimizer. DeepSpeed lets that one
+            win, and ZeRO-3, which reads the configuration, would cut the parameters by LoRDO's replicas all the same.
+    """
     if isinstance(client_optimizer, LoRDO):
         return client_optimizer.config
-    if client_optimizer is None and str(config.optimizer_name).lower() == type_name:
+    if str(config.optimizer_name).lower() != type_name:
+        return None
+    if client_optimizer is None:
         return LordoConfig.parse(config.optimizer_params or {})
-    return None
+    is_optimizer = isinstance(client_optimizer, torch.optim.Optimizer)
+    given = type(client_optimizer).__name__ if is_optimizer else "a function that makes an optimizer"
+    raise ConfigError(
+        f"LoRDO: the configuration asks for LoRDO, and deepspeed.initialize was given {given}, which would train in "
+        "its place: leave one of them out"
+    )
+
+
+def refuse_hidden_optimizer(engine: Any) -> None:
+    """An engine that was built as another optimizer's, but steps LoRDO: it averages gradients over all replicas."""
+    if isinstance(getattr(engine, "basic_optimizer", None), LoRDO):
+        raise ConfigError(
+            "LoRDO: deepspeed.initialize was given a function that makes LoRDO: give it the optimizer itself, or the "
+            "settings in the configuration's optimizer block"
+        )
 
 
 def replica_groups_for(

@@ -18,7 +18,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from torch import Tensor, nn
 
 import lordo_ds
-from lordo_ds import ConfigError
+from lordo_ds import CheckpointError, ConfigError
 from lordo_ds.adapters.zero_init import zero_init_group
 from tests import problems
 from tests.cases import Found, once, run_cases
@@ -444,7 +444,7 @@ def weights_only(stage: int, folder: str, options: dict[str, Any]) -> dict[str, 
 
 
 @pytest.mark.parametrize("options", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=str)
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_weights_without_states_are_a_new_start_for_all_replicas(
     checkpoints: Path, stage: int, options: dict[str, bool]
 ) -> None:
@@ -472,11 +472,19 @@ def test_another_number_of_replicas_is_refused_on_resume(checkpoints: Path) -> N
         assert "holds the replicas [0, 1], this run has 1: resume with as many ranks" in message
 
 
-@pytest.mark.parametrize("options", [{"load_optimizer_states": False}, {"load_module_only": True}], ids=str)
-def test_weights_without_states_are_refused_at_stage_3(checkpoints: Path, options: dict[str, bool]) -> None:
+def weights_of_another_layout(folder: str) -> tuple[str, bool]:
+    """Two sub-groups of parameters where one was saved."""
+    engine = make_engine(settings("fp32", {"replica_size": 2}, **zero(3, sub_group_size=300)))
+    before = weights(engine)
+    with pytest.raises(CheckpointError) as caught:
+        engine.load_checkpoint(folder, load_optimizer_states=False)
+    return str(caught.value), same(before, weights(engine))
+
+
+def test_weights_of_shards_that_were_cut_otherwise_are_refused(checkpoints: Path) -> None:
     assert of_all_stages(saved_and_resumed, str(checkpoints), "fp32")[3]
-    for message in run_ranks(resumed_with, 4, str(checkpoints / "fp32_3"), 3, 2, options):
-        assert "load the optimizer states too" in message
+    for message, unchanged in run_ranks(weights_of_another_layout, 4, str(checkpoints / "fp32_3")):
+        assert "holds other parameters, or cut into other shards" in message and unchanged
 
 
 def plain_model_saved(folder: str) -> tuple[dict[str, Tensor], bool]:
