@@ -283,9 +283,16 @@ def finish_folder(folder: Path) -> None:
 
 def recover_folder(folder: Path) -> None:
     """Put back a directory that was being replaced when the process died between the two renames."""
+    if folder.exists():
+        return
     old = folder.with_name(folder.name + OLD)
-    if not folder.exists() and (old / COMPLETE).is_file():
+    if (old / COMPLETE).is_file():
         os.replace(old, folder)
+
+
+def with_a_name(path: Path) -> Path:
+    """The same directory by a path that ends in its name: `.` and `x/..` do not, and siblings are named after it."""
+    return path if path.name not in ("", "..") else path.resolve()
 
 
 @contextmanager
