@@ -23,6 +23,7 @@ from lordo_ds.checkpoint.layout import (
     refuse_differences,
 )
 from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
@@ -74,6 +75,9 @@ class LoRDO(torch.optim.Optimizer):
     Raises:
         ConfigError: an unknown or illegal key, named with its nearest legal value.
     """
+
+    # torch.amp.GradScaler then calls `step()` after an overflow too: see `unscale_or_skip`.
+    _step_supports_amp_scaling = True
 
     def __init__(self, params: Iterable[Any], **settings: Any) -> None:
         self.config = LordoConfig.parse(settings)
@@ -229,14 +233,27 @@ class LoRDO(torch.optim.Optimizer):
             if self.managed:
                 return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
             self._attach_alone()
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                if tensor.grad is not None:
-                    self._step_tensor(tensor, group)
-        self._executed_now = True
+        if unscale_or_skip(self):
+            for group in self.param_groups:
+                for tensor in group["params"]:
+                    if tensor.grad is not None:
+                        self._step_tensor(tensor, group)
+            self._executed_now = True
         if not self.managed:
             self.end_attempt()
         return loss
+
+    def skip_step(self) -> None:
+        """Count an attempted step that this replica leaves out, in place of `step()`; it ends in the sync that is due.
+
+        For a loop of one's own that drops a batch on one replica. An overflow that `torch.amp.GradScaler` found counts
+        by itself, as its `step()` then calls ours.
+        """
+        if self.managed:
+            raise ValueError("LoRDO: skip_step() is for an optimizer used alone: here the engine counts the attempts")
+        if self.sync is None:
+            self._attach_alone()
+        self.end_attempt()
 
     def _step_tensor(self, tensor: Tensor, group: dict[str, Any]) -> None:
         """Step every fragment of one tensor; collective over the shard group where it is sharded."""
