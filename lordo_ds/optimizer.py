@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lordo_ds.checkpoint.layout import (
     STATE_FORMAT,
@@ -24,20 +23,30 @@ from lordo_ds.checkpoint.layout import (
 )
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.amp import unscale_or_skip
-from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
+from lordo_ds.core.fragments import FlatTensor, bucket_bounds
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
+from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
+from lordo_ds.dist.alone import (
+    flat_tensors,
+    given_model,
+    replicas_of_torch,
+    start_alone,
+    warn_of_equal_gradients,
+    warn_of_missing_names,
+)
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.groups import replica_groups
 from lordo_ds.dist.inner_step import step_fragments_
-from lordo_ds.dist.inside import InsideComm, InsideReplica
-from lordo_ds.dist.nodes import layout_of_replicas
+from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.dist.model_size import ModelSize, model_size
 from lordo_ds.dist.report import SyncReport
+from lordo_ds.dist.start_table import RunShape, show_messages, start_table
 from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.watchdog import Unwatched, watch_ranks
 from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.dist.wrapped import refuse_wrappers
 
 logger = logging.getLogger("lordo_ds")
 
@@ -45,16 +54,6 @@ SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Elements of matrices stepped together: bounds the coordinates that exist at one time.
 STEP_BUCKET_NUMEL = 1 << 26
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameters of the whole model, of all stages and slices, every one counted once; and their elements."""
-
-    low_rank_parameters: int = 0
-    low_rank_elements: int = 0
-    dense_parameters: int = 0
-    dense_elements: int = 0
 
 
 class LoRDO(torch.optim.Optimizer):
@@ -67,9 +66,11 @@ class LoRDO(torch.optim.Optimizer):
     replica's ranks.
 
     Args:
-        params: parameters, parameter groups or named parameters; fp32 or fp64 (low-precision training keeps
-            full-precision masters, as DeepSpeed's bf16 and fp16 modes do). 2-D tensors without a name are
-            projected. Groups may set lr, betas, eps and weight_decay of their own.
+        params: the model (its parameters that require a gradient), or parameters, parameter groups or named
+            parameters; fp32 or fp64 (low-precision training keeps full-precision masters, as DeepSpeed's bf16 and
+            fp16 modes do). Groups may set lr, betas, eps and weight_decay of their own.
+        model: the module that `params` belong to. It tells embeddings, position tables and tied heads from other
+            matrices; without it their names do, as far as they can, and 2-D tensors without a name are projected.
         **settings: the keys of the JSON block, see `lordo_ds.LordoConfig`.
 
     Raises:
@@ -79,8 +80,9 @@ class LoRDO(torch.optim.Optimizer):
     # torch.amp.GradScaler then calls `step()` after an overflow too: see `unscale_or_skip`.
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
+    def __init__(self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, **settings: Any) -> None:
         self.config = LordoConfig.parse(settings)
+        params, self._model = given_model(params, model)
         defaults = {key: getattr(self.config, key) for key in _GROUP_KEYS}
         # Set by the engine adapter: step() then does nothing until `attach`, and never syncs by itself.
         self.managed = False
@@ -96,7 +98,7 @@ class LoRDO(torch.optim.Optimizer):
         self._facts: dict[str, ParameterFacts] = {}
         self._fragments: dict[Tensor, list[Fragment]] = {}
         self._tied: set[str] = set()
-        self._executed_now = self.last_attempt_executed = False
+        self._executed_now = self.last_attempt_executed = self._first_attempt = False
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -132,6 +134,8 @@ class LoRDO(torch.optim.Optimizer):
         group_of = {tensor: group for group in self.param_groups for tensor in group["params"]}
         pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
         facts = [piece.facts for _, piece in pieces]
+        for flat, piece in pieces:
+            refuse_unsteppable(piece.facts.name, flat.tensor)
         self.plans = plan_parameters(self.config, facts, inside.of_every_rank(facts))
         self._facts = {fact.name: fact for fact in facts}
         self._tied = {weight.name for weight in tied}
@@ -141,7 +145,6 @@ class LoRDO(torch.optim.Optimizer):
             raise ConfigError(f"LoRDO: parameters of several precisions, {sorted(precisions)}: give all in the same")
         fragments = []
         for (flat, piece), plan in zip(pieces, self.plans, strict=True):
-            self._check_tensor(flat.tensor, plan)
             copied = tied_stages.get(plan.name, 0) > 0
             if plan.low_rank and plan.name in tied_stages:
                 raise ConfigError(
@@ -162,7 +165,7 @@ class LoRDO(torch.optim.Optimizer):
                 self.config.rank, len(clipped), clipped[0].rank, clipped[0].name,
             )  # fmt: skip
         self._check_alike(fragments, inside)
-        self.model_size = _model_size(fragments, inside)
+        self.model_size = model_size(fragments, inside)
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start(resuming):
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
@@ -182,33 +185,30 @@ class LoRDO(torch.optim.Optimizer):
                 "rank the same model and the same parameter groups"
             )
 
-    def _check_tensor(self, tensor: Tensor, plan: ParameterPlan) -> None:
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise ConfigError(
-                f"LoRDO: {plan.name} is {tensor.dtype}: give fp32 or fp64 parameters, or train through "
-                "DeepSpeed's bf16 or fp16 mode, which keeps fp32 masters"
-            )
-        if not tensor.is_contiguous():
-            raise ConfigError(f"LoRDO: {plan.name} is not contiguous: make the parameter contiguous first")
-
     def _attach_alone(self, resuming: bool = False) -> None:
-        """Without an engine: names from the groups where given, replicas from torch.distributed."""
-        flats: list[FlatTensor] = []
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for index, parameter in enumerate(group["params"]):
-                name, shape = names[index] if names else f"parameter_{len(flats)}", tuple(parameter.shape)
-                flats.append(
-                    FlatTensor(parameter, (Piece(ParameterFacts(name, shape, named=bool(names)), whole(shape)),))
-                )
-        wire, twins = ReplicaWire(), InsideComm()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
-            if groups.layout.replica_count > 1:
-                twins = InsideComm(groups.shard)
-                wire = ReplicaWire(groups.replica, twins)
+        """Without an engine: names from the model or the groups, replicas from torch.distributed. Collective."""
+        flats = flat_tensors(self.param_groups, self._model)
+        wire, twins = replicas_of_torch(self.config.replica_size)
+        if wire.replicas > 1:
+            replica = dist.get_process_group_ranks(twins.group)
+            refuse_wrappers(self, {flat.tensor for flat in flats}, replica)
         device = flats[0].tensor.device if flats else torch.device("cpu")
+        if not resuming:
+            start_alone(self._model, flats, wire, device)
         self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device), resuming=resuming)
+        self._first_attempt = wire.replicas > 1 and not resuming
+        dist_rank = wire.index + twins.index  # 0 on the first rank only
+        show_messages(dist_rank)
+        if dist_rank == 0:
+            warn_of_missing_names(self.plans, named=flats[0].pieces[0].facts.named)
+            for line in start_table(self.config, self.shape_alone(), self.model_size, self.sync.items):
+                logger.info(line)
+
+    def shape_alone(self) -> RunShape:
+        """The mesh of a run without an engine."""
+        assert self.sync is not None
+        wire, inside = self.sync.wire, self.sync.inside
+        return RunShape(wire.replicas, wire.index, inside.rows.size)
 
     def _detach(self) -> None:
         """As before the first step."""
@@ -240,7 +240,7 @@ class LoRDO(torch.optim.Optimizer):
                         self._step_tensor(tensor, group)
             self._executed_now = True
         if not self.managed:
-            self.end_attempt()
+            self._end_alone()
         return loss
 
     def skip_step(self) -> None:
@@ -253,11 +253,21 @@ class LoRDO(torch.optim.Optimizer):
             raise ValueError("LoRDO: skip_step() is for an optimizer used alone: here the engine counts the attempts")
         if self.sync is None:
             self._attach_alone()
+        self._end_alone()
+
+    def _end_alone(self) -> None:
+        """The end of an attempt that no engine counts."""
+        assert self.sync is not None
+        if self._first_attempt:
+            self._first_attempt = False
+            gradients = [t.grad for group in self.param_groups for t in group["params"] if t.grad is not None]
+            warn_of_equal_gradients(gradients if self._executed_now else [], self.sync.wire, self.sync.inside)
         self.end_attempt()
 
     def _step_tensor(self, tensor: Tensor, group: dict[str, Any]) -> None:
         """Step every fragment of one tensor; collective over the shard group where it is sharded."""
         assert self.sync is not None and tensor.grad is not None
+        refuse_gradient(self._fragments[tensor][0].plan.name, tensor.grad)
         low_rank = []
         compares = self.executed_steps == 0 or sync_plan(self.config, self.attempted_steps + 1).due
         for fragment in self._fragments[tensor]:
@@ -534,21 +544,6 @@ class LoRDO(torch.optim.Optimizer):
             setattr(self.sync, name, getattr(counters, name))
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))
         self.sync.rows.pending = [list(row) for row in rows]
-
-
-def _model_size(fragments: Sequence[Fragment], inside: InsideReplica) -> ModelSize:
-    """Collective over the replica."""
-    first_of_its_shards = inside.shard.index == inside.rows.index == 0
-    counted = [fragment.plan for fragment in fragments if fragment.counts and first_of_its_shards]
-    # A sliced parameter is one, its elements lie on all tensor indices.
-    sizes = inside.of_every_rank([(p.low_rank, int(inside.tensor.index == 0), p.numel) for p in counted])
-    low_rank, dense = ([size[1:] for size in sizes if size[0] == kind] for kind in (True, False))
-    return ModelSize(
-        sum(one for one, _ in low_rank),
-        sum(numel for _, numel in low_rank),
-        sum(one for one, _ in dense),
-        sum(numel for _, numel in dense),
-    )
 
 
 def _check_saved(fragment: Fragment, saved: Any) -> None:

@@ -9,7 +9,8 @@ from torch.utils.data import DistributedSampler
 from lordo_ds.adapters.hook import EngineHook, hook
 from lordo_ds.adapters.reshape import load_reshaped
 from lordo_ds.adapters.zero_init import zero_init_group
-from lordo_ds.status import status_of
+from lordo_ds.optimizer import LoRDO
+from lordo_ds.status import status_alone, status_of
 
 __all__ = ["data_sampler", "hook", "load_checkpoint", "save_checkpoint", "status", "zero_init_group"]
 
@@ -22,7 +23,13 @@ def _require_hook(engine: Any) -> EngineHook:
 
 
 def status(engine: Any) -> dict[str, Any]:
-    """Sizes of the mesh, steps, parameter counts, state bytes and bytes sent by kind, last sync; plain values."""
+    """Sizes of the mesh, steps, parameter counts, state bytes and bytes sent by kind, last sync; plain values.
+
+    Args:
+        engine: a DeepSpeed engine, or a LoRDO optimizer that is used alone and has made a step.
+    """
+    if isinstance(engine, LoRDO) and not engine.managed:
+        return status_alone(engine)
     return status_of(_require_hook(engine))
 
 

@@ -20,7 +20,8 @@ class ParameterFacts:
 
     `partition_dim` is the tensor-parallel dimension (megatron-core sets it even at size 1), or None; `partitions` is
     the number of ranks that hold a slice of it along that dimension. `shape` is that of the slice. A slice of
-    `partition_stride` 2 holds a part of each of two matrices (gated fc1: [gate; up]).
+    `partition_stride` 2 holds a part of each of two matrices (gated fc1: [gate; up]). `embedding_name` is what in the
+    name calls it an embedding, where names are all that is known.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ParameterFacts:
     named: bool = True
     partitions: int = 1
     partition_stride: int = 1
+    embedding_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,12 @@ def _select(config: LordoConfig, fact: ParameterFacts) -> tuple[bool, str]:
         return False, "tied to an embedding"
     if fact.embedding_or_output:
         return False, "embedding or output (marked by the model)"
+    if fact.embedding_name:
+        return False, f"embedding, by its name ({fact.embedding_name})"
     parts = fact.name.split(".")
     if fact.named and len(parts) > 1 and parts[-2] in OUTPUT_HEAD_NAMES:
         return False, f"output head ({parts[-2]})"
-    return True, "2-D weight"
+    return True, "2-D weight" if fact.named else "2-D, without a name"
 
 
 def model_facts(model: nn.Module, tensor_size: int = 1) -> dict[nn.Parameter, ParameterFacts]:
