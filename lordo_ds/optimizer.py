@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lordo_ds.checkpoint.layout import (
+    OWN_FILE_HINT,
     STATE_FORMAT,
     CheckpointError,
     Counters,
@@ -81,7 +82,7 @@ class LoRDO(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, **settings: Any) -> None:
-        self.config = LordoConfig.parse(settings)
+        self.config = LordoConfig.parse(settings, path="")
         params, self._model = given_model(params, model)
         defaults = {key: getattr(self.config, key) for key in _GROUP_KEYS}
         # Set by the engine adapter: step() then does nothing until `attach`, and never syncs by itself.
@@ -94,6 +95,7 @@ class LoRDO(torch.optim.Optimizer):
         self.model_size = ModelSize()
         # What the engine adapter knows of the files that this state goes into.
         self.engine_facts = EngineFacts()
+        self.resume_hint = OWN_FILE_HINT
         self.pipe_stage, self.pipe_stages = 0, 1
         self._facts: dict[str, ParameterFacts] = {}
         self._fragments: dict[Tensor, list[Fragment]] = {}
@@ -149,7 +151,7 @@ class LoRDO(torch.optim.Optimizer):
             if plan.low_rank and plan.name in tied_stages:
                 raise ConfigError(
                     f"LoRDO: {plan.name} is shared by several pipeline stages and cannot be projected: add it to "
-                    "optimizer.params.low_rank.exclude"
+                    f"{self.config.key('low_rank.exclude')}"
                 )
             state = self.state[flat.tensor].setdefault(plan.name, {})
             fragment = Fragment(
@@ -384,7 +386,8 @@ class LoRDO(torch.optim.Optimizer):
         Returns:
             Whether weights changed.
         """
-        assert self.sync is not None, "final_sync() needs at least one step"
+        if self.sync is None:
+            raise ValueError("LoRDO: final_sync() comes after the first step: this optimizer has made none")
         with self.watchdog.at_the_end_of(self.attempted_steps):
             if self.synced:
                 self.sync.flush_rows()
@@ -512,7 +515,7 @@ class LoRDO(torch.optim.Optimizer):
                 f"LoRDO: the saved state holds {len(saved_names)} parameters, this model {len(names)}; "
                 f"first difference: {odd[0]!r} against {odd[1]!r}"
             )
-        refuse_differences(ours, self.header(), "the saved state")
+        refuse_differences(ours, self.header(), "the saved state", self.config.key(""), self.resume_hint)
         if len(state_dict.get("param_groups", ())) != len(self.param_groups):
             raise CheckpointError(
                 f"LoRDO: the saved state has {len(state_dict.get('param_groups', ()))} parameter groups, this run "

@@ -26,6 +26,7 @@ from lordo_ds.adapters.zero import (
     stepped_tensors_in_groups,
     take_masters_from_model,
 )
+from lordo_ds.checkpoint.layout import RESHAPE_HINT
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.equalise import equalise_untrained
@@ -114,6 +115,7 @@ class EngineHook(RunHandle):
             device=engine.device,
         )
         tied = _tied_weights({facts[p].name: ranks for p, ranks in tied_copies(engine.module)}, inside.shard)
+        self.optimizer.resume_hint = RESHAPE_HINT
         with stepped_tensors_in_groups(engine):
             self.optimizer.attach(flats, wire, inside, tied)
         tell_header(engine, groups, facts, trained)

@@ -98,16 +98,16 @@ def plan_parameters(
         for pattern in patterns:
             if not any(fact.named and re.search(pattern, fact.name) for fact in model) and pattern != ".*":
                 raise ConfigError(
-                    f"LoRDO: optimizer.params.low_rank.{key}: {pattern!r} matches no parameter name; "
+                    f"LoRDO: {config.key('low_rank')}.{key}: {pattern!r} matches no parameter name; "
                     f"names look like {model[0].name!r}"
                     if model
-                    else f"LoRDO: optimizer.params.low_rank.{key}: there are no parameters to match"
+                    else f"LoRDO: {config.key('low_rank')}.{key}: there are no parameters to match"
                 )
     plans = [_plan(config, fact) for fact in facts]
     if model and not selection.exclude and not any(_select(config, fact)[0] for fact in model):
         raise ConfigError(
             "LoRDO: no parameter can be projected (no 2-D weight besides embeddings and output heads): "
-            'set optimizer.params.low_rank to {"exclude": [".*"]} if AdamW for all of them is intended'
+            f'set {config.key("low_rank")} to {{"exclude": [".*"]}} if AdamW for all of them is intended'
         )
     return plans
 

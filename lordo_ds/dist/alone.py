@@ -124,7 +124,7 @@ def replicas_of_torch(replica_size: int | str) -> tuple[ReplicaWire, InsideComm]
         Across replicas; and the ranks of this one, which are alike. One replica alone asks nobody.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), replica_size))
+        groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), replica_size, "replica_size"))
         if groups.layout.replica_count > 1:
             twins = InsideComm(groups.shard)
             return ReplicaWire(groups.replica, twins), twins
