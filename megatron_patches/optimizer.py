@@ -32,6 +32,7 @@ from lordo_ds.optimizer import LoRDO
 from megatron_patches.ddp import Replicas
 from megatron_patches.handle import TrainingHandle
 from megatron_patches.samples import SampleCheck
+from megatron_patches.sharded import refuse_between_syncs
 from megatron_patches.support import check_support
 from megatron_patches.versions import require_parameters
 from megatron_patches.wrappers import LordoFloat16Optimizer, LordoFP32Optimizer
@@ -78,6 +79,7 @@ def lordo_optimizer(
     wrapper.refresh_model()
     wrapper.handle = TrainingHandle(lordo, replicas, _gradient_bytes(chunk), wrapper.take_over)
     wrapper.samples = SampleCheck(chunk, first_stage=parallel_state.is_pipeline_first_stage())
+    refuse_between_syncs(lordo)
     wrapper.check_loop = _keep_tokens_inside(get_model_config(chunk), replicas)
     return wrapper
 
