@@ -259,11 +259,10 @@ class LoRDO(torch.optim.Optimizer):
 
     def _end_alone(self) -> None:
         """The end of an attempt that no engine counts."""
-        assert self.sync is not None
         if self._first_attempt:
             self._first_attempt = False
             gradients = [t.grad for group in self.param_groups for t in group["params"] if t.grad is not None]
-            warn_of_equal_gradients(gradients if self._executed_now else [], self.sync.wire, self.sync.inside)
+            warn_of_equal_gradients(gradients if self._executed_now else [])
         self.end_attempt()
 
     def _step_tensor(self, tensor: Tensor, group: dict[str, Any]) -> None:

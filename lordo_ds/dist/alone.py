@@ -20,8 +20,8 @@ from lordo_ds.core.names import embedding_in
 from lordo_ds.core.steppable import refuse_shared_memory, refuse_unsteppable
 from lordo_ds.dist.checksum import checksum
 from lordo_ds.dist.equalise import equalise_untrained
-from lordo_ds.dist.groups import replica_groups
-from lordo_ds.dist.inside import InsideComm, InsideReplica
+from lordo_ds.dist.groups import of_all_ranks, replica_groups
+from lordo_ds.dist.inside import InsideComm
 from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.dist.wire import ReplicaWire
 
@@ -154,8 +154,8 @@ def warn_of_missing_names(plans: Sequence[ParameterPlan], named: bool) -> None:
         )
 
 
-def warn_of_equal_gradients(gradients: Sequence[Tensor], wire: ReplicaWire, inside: InsideReplica) -> None:
-    """Say so where all replicas got the same first gradients, to the bit. Collective over replicas, eight bytes each.
+def warn_of_equal_gradients(gradients: Sequence[Tensor]) -> None:
+    """Say so where all replicas got the same first gradients, to the bit. Collective over all ranks, once.
 
     Either something averages gradients over all of them at every step, or all were given the same data; both make
     replicas useless, and neither is an error that can be proved.
@@ -164,10 +164,8 @@ def warn_of_equal_gradients(gradients: Sequence[Tensor], wire: ReplicaWire, insi
         gradients: of this rank; none if it skipped its first step.
     """
     mine = checksum(gradients) if any(bool(gradient.any()) for gradient in gradients) else 0
-    sums = wire.gather(inside.vector([mine]), "start")
-    if mine and bool((sums == sums[0]).all()):
+    if set(of_all_ranks(mine)) == {mine} and mine and dist.get_rank() == 0:
         logger.warning(
-            "LoRDO: the first gradients of all %d replicas are equal to the bit: either all were given the same data, "
-            "or something averages gradients across replicas at every step, which LoRDO is there to avoid",
-            wire.replicas,
+            "LoRDO: the first gradients of all replicas are equal to the bit: either all were given the same data, or "
+            "something averages gradients across replicas at every step, which LoRDO is there to avoid"
         )
