@@ -30,10 +30,10 @@ from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
 from lordo_ds.dist.alone import (
+    equalise_model,
     flat_tensors,
     given_model,
     replicas_of_torch,
-    start_alone,
     warn_of_equal_gradients,
     warn_of_missing_names,
 )
@@ -196,7 +196,7 @@ class LoRDO(torch.optim.Optimizer):
             refuse_wrappers(self, {flat.tensor for flat in flats}, replica)
         device = flats[0].tensor.device if flats else torch.device("cpu")
         if not resuming:
-            start_alone(self._model, flats, wire, device)
+            equalise_model(self._model, flats, wire, device)
         self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device), resuming=resuming)
         self._first_attempt = wire.replicas > 1 and not resuming
         dist_rank = wire.index + twins.index  # 0 on the first rank only

@@ -131,7 +131,9 @@ def replicas_of_torch(replica_size: int | str) -> tuple[ReplicaWire, InsideComm]
     return ReplicaWire(), InsideComm()
 
 
-def start_alone(model: GivenModel | None, flats: Sequence[FlatTensor], wire: ReplicaWire, device: torch.device) -> None:
+def equalise_model(
+    model: GivenModel | None, flats: Sequence[FlatTensor], wire: ReplicaWire, device: torch.device
+) -> None:
     """Frozen parameters and buffers become replica 0's, where the model is known. Collective over replicas."""
     if model is None:
         return

@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,6 +307,30 @@ def test_a_replica_of_several_ranks_averages_its_gradients_with_ddp() -> None:
     said = "\n".join(found[0]["said"])
     assert "1 x (12, 4)          dense     tied to an embedding: transformer.wte.weight" in said
     assert "LoRDO: state on this rank: dense_exp_avg 0.00 MiB" in said and "ZeRO" not in said
+
+
+def resumed_from_files(folder: str) -> list[bool]:
+    """As the README says: a file per rank, the model loaded before the optimizer; at step 3, one after a sync."""
+    path = Path(folder, f"rank_{dist.get_rank()}.pt")
+    straight = gpt()
+    optimizer = LoRDO(straight, **SETTINGS, preset="recommended")
+    for number in range(1, 7):
+        step(straight, optimizer, 10 * number + dist.get_rank())
+        if number == 3:
+            torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, path)
+    again = gpt(seed=dist.get_rank())
+    fresh = LoRDO(again, **SETTINGS, preset="recommended")
+    saved = torch.load(path, weights_only=True)
+    again.load_state_dict(saved["model"])
+    fresh.load_state_dict(saved["optimizer"])
+    for number in range(4, 7):
+        step(again, fresh, 10 * number + dist.get_rank())
+    return [torch.equal(a, b) for a, b in zip(straight.parameters(), again.parameters(), strict=True)]
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_from_the_files_of_its_ranks(tmp_path: Path) -> None:
+    assert all(all(found) for found in run_ranks(resumed_from_files, 2, str(tmp_path), timeout_s=60))
 
 
 def given_equal_data() -> list[str]:
