@@ -30,10 +30,12 @@ from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
 from lordo_ds.dist.alone import (
+    dist_rank,
     equalise_model,
     flat_tensors,
     given_model,
     replicas_of_torch,
+    shape_alone,
     warn_of_equal_gradients,
     warn_of_missing_names,
 )
@@ -43,7 +45,7 @@ from lordo_ds.dist.inner_step import step_fragments_
 from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.model_size import ModelSize, model_size
 from lordo_ds.dist.report import SyncReport
-from lordo_ds.dist.start_table import RunShape, show_messages, start_table
+from lordo_ds.dist.start_table import show_messages, start_table
 from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.watchdog import Unwatched, watch_ranks
 from lordo_ds.dist.wire import ReplicaWire
@@ -197,20 +199,13 @@ class LoRDO(torch.optim.Optimizer):
         device = flats[0].tensor.device if flats else torch.device("cpu")
         if not resuming:
             equalise_model(self._model, flats, wire, device)
+        show_messages(dist_rank())
         self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device), resuming=resuming)
         self._first_attempt = wire.replicas > 1 and not resuming
-        dist_rank = wire.index + twins.index  # 0 on the first rank only
-        show_messages(dist_rank)
-        if dist_rank == 0:
-            warn_of_missing_names(self.plans, named=flats[0].pieces[0].facts.named)
-            for line in start_table(self.config, self.shape_alone(), self.model_size, self.sync.items):
+        if dist_rank() == 0:
+            warn_of_missing_names(self.plans, named=all(flat.pieces[0].facts.named for flat in flats))
+            for line in start_table(self.config, shape_alone(self.sync), self.model_size, self.sync.items):
                 logger.info(line)
-
-    def shape_alone(self) -> RunShape:
-        """The mesh of a run without an engine."""
-        assert self.sync is not None
-        wire, inside = self.sync.wire, self.sync.inside
-        return RunShape(wire.replicas, wire.index, inside.rows.size)
 
     def _detach(self) -> None:
         """As before the first step."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from lordo_ds.dist.alone import shape_alone
 from lordo_ds.dist.ledger import data_parallel_bytes
 from lordo_ds.dist.start_table import RunShape, border_copy_bytes, start_table, state_bytes
 from lordo_ds.dist.sync import OuterSync
@@ -41,7 +42,7 @@ def status_alone(optimizer: LoRDO) -> dict[str, Any]:
     sync = optimizer.sync
     if sync is None:
         raise ValueError("LoRDO: the optimizer has not made a step: ask for its status after the first")
-    shape = optimizer.shape_alone()
+    shape = shape_alone(sync)
     gradient_bytes = sum(item.weight.numel() * item.weight.element_size() for item in sync.items)
     return _status(optimizer, shape, data_parallel_bytes(gradient_bytes, shape.replicas, shape.replica_size))
 

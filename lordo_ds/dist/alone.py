@@ -23,6 +23,8 @@ from lordo_ds.dist.equalise import equalise_untrained
 from lordo_ds.dist.groups import of_all_ranks, replica_groups
 from lordo_ds.dist.inside import InsideComm
 from lordo_ds.dist.nodes import layout_of_replicas
+from lordo_ds.dist.start_table import RunShape
+from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
@@ -129,6 +131,17 @@ def replicas_of_torch(replica_size: int | str) -> tuple[ReplicaWire, InsideComm]
             twins = InsideComm(groups.shard)
             return ReplicaWire(groups.replica, twins), twins
     return ReplicaWire(), InsideComm()
+
+
+def dist_rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def shape_alone(sync: OuterSync) -> RunShape:
+    """The mesh of a run without an engine."""
+    several, spread = sync.wire.replicas > 1, dist.is_available() and dist.is_initialized()
+    size = dist.get_world_size() if spread and not several else sync.inside.rows.size
+    return RunShape(sync.wire.replicas, sync.wire.index, size)
 
 
 def equalise_model(

@@ -309,6 +309,23 @@ def test_a_replica_of_several_ranks_averages_its_gradients_with_ddp() -> None:
     assert "LoRDO: state on this rank: dense_exp_avg 0.00 MiB" in said and "ZeRO" not in said
 
 
+def one_replica() -> tuple[dict[str, Any], list[str], float]:
+    """All ranks are one replica: DDP over them is as it should be, and nobody is asked anything."""
+    model = nn.parallel.DistributedDataParallel(gpt())
+    with messages() as said:
+        optimizer = LoRDO(model, **SETTINGS, replica_size="all")
+        for number in range(2):
+            step(model, optimizer, 10 * number + dist.get_rank())
+    return lordo_ds.status(optimizer), said, float(sum(p.sum() for p in model.parameters()))
+
+
+@pytest.mark.distributed
+def test_all_ranks_may_be_one_replica() -> None:
+    (status, said, total), (_, quiet, same) = run_ranks(one_replica, 2, timeout_s=60)
+    assert (status["replicas"], status["shard_size"], status["bytes_sent_total"]) == (1, 2, 0) and total == same
+    assert "LoRDO: 1 replicas of 2 data-parallel ranks, without an engine" in said[0] and not quiet
+
+
 def resumed_from_files(folder: str) -> list[bool]:
     """As the README says: a file per rank, the model loaded before the optimizer; at step 3, one after a sync."""
     path = Path(folder, f"rank_{dist.get_rank()}.pt")
