@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -42,6 +43,8 @@ def _train(fault: Callable[[int, int], None], timeout_s: float) -> None:
     """Each rank a replica, in sync after every second step; `fault` is called with (rank, step) before each, and at
     the end.
     """
+    logging.getLogger("lordo_ds").setLevel(logging.WARNING)  # what is looked at is no start-up table
+    torch.manual_seed(dist.get_rank())
     weight = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = LoRDO([("weight", weight)], rank=2, sync_interval=2, sync_timeout_s=timeout_s)
     for step in range(1, STEPS + 1):
