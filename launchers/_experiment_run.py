@@ -25,8 +25,8 @@ from lordo_ds.core.outer import orthogonalized, outer_update, pseudo_gradient
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.ledger import reduction_bytes
+from lordo_ds.dist.start_table import state_bytes
 from lordo_ds.dist.sync import SyncError
-from lordo_ds.status import state_bytes
 
 POINTS = 8  # validations on the way
 _HOST_KINDS = ("anchor", "outer_momentum")  # on a GPU these live in host memory
@@ -200,7 +200,9 @@ class Run:
         self._note_loss(len(self.diary.train), loss)
         unigram, bigram = context_free_losses(self.text, self.windows.cpu(), self.size.vocab)
         sent, ddp = self.bytes_sent()
-        state = state_bytes(self.replicas.first)
+        sync = self.replicas.first.sync
+        assert sync is not None
+        state = state_bytes(sync.items)
         host = sum(state.get(kind, 0) for kind in _HOST_KINDS) + self.slow.state_bytes
         late = self.diary.syncs[len(self.diary.syncs) // 2 :]
         tail = self.diary.train[-max(1, spec.steps // 20) :]

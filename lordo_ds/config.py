@@ -18,12 +18,15 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     StrictBool,
     StrictInt,
     ValidationError,
     field_validator,
     model_validator,
 )
+
+JSON_PATH = "optimizer.params."  # of our keys in a DeepSpeed configuration
 
 
 class ConfigError(ValueError):
@@ -137,10 +140,14 @@ class LordoConfig(_Block):
     max_nonfinite_syncs: Annotated[StrictInt, Field(ge=1)] = 3
     max_left_out_syncs: Annotated[StrictInt, Field(ge=1)] | Literal["never"] = 10
     sync_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    _path: str = PrivateAttr(default=JSON_PATH)
 
     @classmethod
-    def parse(cls, params: Any) -> LordoConfig:
+    def parse(cls, params: Any, path: str = JSON_PATH) -> LordoConfig:
         """Validate the keys of `optimizer.params`; keys given beside a preset, also inside `outer`, win over it.
+
+        Args:
+            path: what messages put before a key; "" where the user gave keyword arguments.
 
         Raises:
             ConfigError: one line naming the key, the value, the rule and the nearest legal value.
@@ -148,9 +155,15 @@ class LordoConfig(_Block):
         if not isinstance(params, Mapping):
             raise ConfigError(f"LoRDO: optimizer.params = {params!r:.80} must be an object of keys and values")
         try:
-            return cls.model_validate(_with_preset(params))
+            config = cls.model_validate(_with_preset(params))
         except ValidationError as error:
-            raise ConfigError(_one_line(error)) from None
+            raise ConfigError(_one_line(error, path)) from None
+        config._path = path
+        return config
+
+    def key(self, name: str) -> str:
+        """A setting as its user wrote it."""
+        return self._path + name
 
     @field_validator("error_feedback", mode="before")
     @classmethod
@@ -293,13 +306,13 @@ _ALIASES = {
 _BRANCHES = {"int", "str", "constrained-int", "constrained-str", "tuple"}
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, prefix: str) -> str:
     """The first complaint as one line: key, value, rule, nearest legal value."""
     complaint = error.errors(include_url=False)[0]
     path = [part for part in complaint["loc"] if not _is_branch(part)]
     key = ".".join(str(part).encode("unicode_escape").decode() for part in path)
     kind, context, value = complaint["type"], complaint.get("ctx", {}), complaint["input"]
-    where = f"LoRDO: optimizer.params.{key}"
+    where = f"LoRDO: {prefix}{key}"
     if kind == "extra_forbidden":
         block: Any = LordoConfig
         for part in path[:-1]:
@@ -309,7 +322,7 @@ def _one_line(error: ValidationError) -> str:
     if kind == "value_error" and key != "error_feedback":
         message = str(context["error"])
         if not key:
-            return f"LoRDO: optimizer.params: {message}"
+            return f"LoRDO: {prefix.removesuffix('.')}: {message}" if prefix else f"LoRDO: {message}"
         return f"{where} = {value!r} must be {message}"
     form = _FORMS.get(".".join(str(part) for part in path if isinstance(part, str)))
     if form and kind not in ("greater_than_equal", "less_than_equal"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lordo_ds.dist.groups import ReplicaGroups
+from lordo_ds.dist.start_table import RunShape
 from lordo_ds.optimizer import LoRDO
 
 
@@ -21,6 +22,24 @@ class RunHandle:
     @property
     def zero_stage(self) -> int:
         return 0
+
+    @property
+    def driver(self) -> str:
+        """What takes the steps, in a word or two."""
+        return f"ZeRO stage {self.zero_stage}"
+
+    @property
+    def shape(self) -> RunShape:
+        layout = self.groups.layout
+        return RunShape(
+            replicas=layout.replica_count,
+            replica_index=self.groups.replica_index,
+            replica_size=layout.replica_size,
+            tensor_size=self.groups.tensor_size,
+            pipe_size=self.groups.pipe_size,
+            zero_stage=self.zero_stage,
+            driver=self.driver,
+        )
 
     @property
     def replicas(self) -> int:

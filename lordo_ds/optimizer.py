@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lordo_ds.checkpoint.finite import not_finite
 from lordo_ds.checkpoint.layout import (
+    OWN_FILE_HINT,
     STATE_FORMAT,
     CheckpointError,
     Counters,
@@ -24,23 +24,36 @@ from lordo_ds.checkpoint.layout import (
     refuse_differences,
 )
 from lordo_ds.config import ConfigError, LordoConfig
-from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
+from lordo_ds.core.amp import unscale_or_skip
+from lordo_ds.core.fragments import FlatTensor, bucket_bounds
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.inner import StepSettings, adamw_step_, decay_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
+from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
 from lordo_ds.dist.agreement import agreed, reseeded_later
+from lordo_ds.dist.alone import (
+    dist_rank,
+    equalise_model,
+    flat_tensors,
+    given_model,
+    replicas_of_torch,
+    shape_alone,
+    warn_of_equal_gradients,
+    warn_of_missing_names,
+)
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.groups import replica_groups
 from lordo_ds.dist.inner_step import step_fragments_
-from lordo_ds.dist.inside import InsideComm, InsideReplica
+from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.made_up_step import only_makes_state
-from lordo_ds.dist.nodes import layout_of_replicas
+from lordo_ds.dist.model_size import ModelSize, model_size
 from lordo_ds.dist.report import SyncReport
+from lordo_ds.dist.start_table import show_messages, start_table
 from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.unwatched import Unwatched
 from lordo_ds.dist.watchdog import watch_ranks
 from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.dist.wrapped import refuse_wrappers
 
 logger = logging.getLogger("lordo_ds")
 
@@ -48,16 +61,6 @@ SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step
 _GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 # Elements of matrices stepped together: bounds the coordinates that exist at one time.
 STEP_BUCKET_NUMEL = 1 << 26
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Parameters of the whole model, of all stages and slices, every one counted once; and their elements."""
-
-    low_rank_parameters: int = 0
-    low_rank_elements: int = 0
-    dense_parameters: int = 0
-    dense_elements: int = 0
 
 
 class LoRDO(torch.optim.Optimizer):
@@ -70,17 +73,23 @@ class LoRDO(torch.optim.Optimizer):
     replica's ranks.
 
     Args:
-        params: parameters, parameter groups or named parameters; fp32 or fp64 (low-precision training keeps
-            full-precision masters, as DeepSpeed's bf16 and fp16 modes do). 2-D tensors without a name are
-            projected. Groups may set lr, betas, eps and weight_decay of their own.
+        params: the model (its parameters that require a gradient), or parameters, parameter groups or named
+            parameters; fp32 or fp64 (low-precision training keeps full-precision masters, as DeepSpeed's bf16 and
+            fp16 modes do). Groups may set lr, betas, eps and weight_decay of their own.
+        model: the module that `params` belong to. It tells embeddings, position tables and tied heads from other
+            matrices; without it their names do, as far as they can, and 2-D tensors without a name are projected.
         **settings: the keys of the JSON block, see `lordo_ds.LordoConfig`.
 
     Raises:
         ConfigError: an unknown or illegal key, named with its nearest legal value.
     """
 
-    def __init__(self, params: Iterable[Any], **settings: Any) -> None:
-        self.config = LordoConfig.parse(settings)
+    # torch.amp.GradScaler then calls `step()` after an overflow too: see `unscale_or_skip`.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, **settings: Any) -> None:
+        self.config = LordoConfig.parse(settings, path="")
+        params, self._model = given_model(params, model)
         defaults = {key: getattr(self.config, key) for key in _GROUP_KEYS}
         # Set by the engine adapter: step() then does nothing until `attach`, and never syncs by itself.
         self.managed = False
@@ -92,11 +101,12 @@ class LoRDO(torch.optim.Optimizer):
         self.model_size = ModelSize()
         # What the engine adapter knows of the files that this state goes into.
         self.engine_facts = EngineFacts()
+        self.resume_hint = OWN_FILE_HINT
         self.pipe_stage, self.pipe_stages = 0, 1
         self._facts: dict[str, ParameterFacts] = {}
         self._fragments: dict[Tensor, list[Fragment]] = {}
         self._tied: set[str] = set()
-        self._executed_now = self.last_attempt_executed = False
+        self._executed_now = self.last_attempt_executed = self._first_attempt = False
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,6 +156,8 @@ class LoRDO(torch.optim.Optimizer):
         group_of = {tensor: group for group in self.param_groups for tensor in group["params"]}
         pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
         facts = [piece.facts for _, piece in pieces]
+        for flat, piece in pieces:
+            refuse_unsteppable(piece.facts.name, flat.tensor)
         self.plans = plan_parameters(self.config, facts, inside.of_every_rank(facts))
         self._facts = {fact.name: fact for fact in facts}
         self._tied = {weight.name for weight in tied}
@@ -155,12 +167,11 @@ class LoRDO(torch.optim.Optimizer):
             raise ConfigError(f"LoRDO: parameters of several precisions, {sorted(precisions)}: give all in the same")
         fragments = []
         for (flat, piece), plan in zip(pieces, self.plans, strict=True):
-            self._check_tensor(flat.tensor, plan)
             copied = tied_stages.get(plan.name, 0) > 0
             if plan.low_rank and plan.name in tied_stages:
                 raise ConfigError(
                     f"LoRDO: {plan.name} is shared by several pipeline stages and cannot be projected: add it to "
-                    "optimizer.params.low_rank.exclude"
+                    f"{self.config.key('low_rank.exclude')}"
                 )
             state = self.state[flat.tensor].setdefault(plan.name, {})
             fragment = Fragment(
@@ -176,7 +187,7 @@ class LoRDO(torch.optim.Optimizer):
                 self.config.rank, len(clipped), clipped[0].rank, clipped[0].name,
             )  # fmt: skip
         self._check_alike(fragments, inside)
-        self.model_size = _model_size(fragments, inside)
+        self.model_size = model_size(fragments, inside)
         self.sync = OuterSync(self.config, fragments, wire, inside, tied)
         if not self.sync.start(resuming):
             logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
@@ -193,35 +204,25 @@ class LoRDO(torch.optim.Optimizer):
                 "rank the same model and the same parameter groups"
             )
 
-    def _check_tensor(self, tensor: Tensor, plan: ParameterPlan) -> None:
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise ConfigError(
-                f"LoRDO: {plan.name} is {tensor.dtype}: give fp32 or fp64 parameters, or train through "
-                "DeepSpeed's bf16 or fp16 mode, which keeps fp32 masters"
-            )
-        if not tensor.is_contiguous():
-            raise ConfigError(f"LoRDO: {plan.name} is not contiguous: make the parameter contiguous first")
-
     def _attach_alone(self, resuming: bool = False) -> None:
-        """Without an engine: names from the groups where given, replicas from torch.distributed."""
-        flats: list[FlatTensor] = []
-        for group in self.param_groups:
-            names = group.get("param_names")
-            for index, parameter in enumerate(group["params"]):
-                name, shape = names[index] if names else f"parameter_{len(flats)}", tuple(parameter.shape)
-                flats.append(
-                    FlatTensor(parameter, (Piece(ParameterFacts(name, shape, named=bool(names)), whole(shape)),))
-                )
-        wire, twins = ReplicaWire(), InsideComm()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
-            with self.watchdog.starting():
-                groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
-            if groups.layout.replica_count > 1:
-                twins = InsideComm(groups.shard)
-                wire = ReplicaWire(groups.replica, twins)
+        """Without an engine: names from the model or the groups, replicas from torch.distributed. Collective."""
+        flats = flat_tensors(self.param_groups, self._model)
+        self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
+        with self.watchdog.starting():
+            wire, twins = replicas_of_torch(self.config.replica_size)
+        if wire.replicas > 1:
+            replica = dist.get_process_group_ranks(twins.group)
+            refuse_wrappers(self, {flat.tensor for flat in flats}, replica)
         device = flats[0].tensor.device if flats else torch.device("cpu")
+        if not resuming:
+            equalise_model(self._model, flats, wire, device)
+        show_messages(dist_rank())
         self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device), resuming=resuming)
+        self._first_attempt = wire.replicas > 1 and not resuming
+        if dist_rank() == 0:
+            warn_of_missing_names(self.plans, named=all(flat.pieces[0].facts.named for flat in flats))
+            for line in start_table(self.config, shape_alone(self.sync), self.model_size, self.sync.items):
+                logger.info(line)
 
     def _detach(self) -> None:
         """As before the first step."""
@@ -252,18 +253,40 @@ class LoRDO(torch.optim.Optimizer):
             return loss
         if not self.managed:
             self.begin_attempt()
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                if tensor.grad is not None:
-                    self._step_tensor(tensor, group)
-        self._executed_now = True
+        if unscale_or_skip(self):
+            for group in self.param_groups:
+                for tensor in group["params"]:
+                    if tensor.grad is not None:
+                        self._step_tensor(tensor, group)
+            self._executed_now = True
         if not self.managed:
-            self.end_attempt()
+            self._end_alone()
         return loss
+
+    def skip_step(self) -> None:
+        """Count an attempted step that this replica leaves out, in place of `step()`; it ends in the sync that is due.
+
+        For a loop of one's own that drops a batch on one replica. An overflow that `torch.amp.GradScaler` found counts
+        by itself, as its `step()` then calls ours.
+        """
+        if self.managed:
+            raise ValueError("LoRDO: skip_step() is for an optimizer used alone: here the engine counts the attempts")
+        if self.sync is None:
+            self._attach_alone()
+        self._end_alone()
+
+    def _end_alone(self) -> None:
+        """The end of an attempt that no engine counts."""
+        if self._first_attempt:
+            self._first_attempt = False
+            gradients = [t.grad for group in self.param_groups for t in group["params"] if t.grad is not None]
+            warn_of_equal_gradients(gradients if self._executed_now else [])
+        self.end_attempt()
 
     def _step_tensor(self, tensor: Tensor, group: dict[str, Any]) -> None:
         """Step every fragment of one tensor; collective over the shard group where it is sharded."""
         assert self.sync is not None and tensor.grad is not None
+        refuse_gradient(self._fragments[tensor][0].plan.name, tensor.grad)
         low_rank = []
         compares = self.executed_steps == 0 or sync_plan(self.config, self.attempted_steps + 1).due
         for fragment in self._fragments[tensor]:
@@ -407,7 +430,8 @@ class LoRDO(torch.optim.Optimizer):
         Returns:
             Whether weights changed.
         """
-        assert self.sync is not None, "final_sync() needs at least one step"
+        if self.sync is None:
+            raise ValueError("LoRDO: final_sync() comes after the first step: this optimizer has made none")
         self.begin_attempt()
         with self.watchdog.at_the_end_of(self.attempted_steps):
             if self.synced:
@@ -552,7 +576,7 @@ class LoRDO(torch.optim.Optimizer):
                 f"LoRDO: the saved state holds {len(saved_names)} parameters, this model {len(names)}; "
                 f"first difference: {odd[0]!r} against {odd[1]!r}"
             )
-        refuse_differences(ours, self.header(), "the saved state")
+        refuse_differences(ours, self.header(), "the saved state", self.config.key(""), self.resume_hint)
         states, groups = state_dict.get("state"), state_dict.get("param_groups")
         if not (isinstance(states, dict) and isinstance(groups, list) and all(isinstance(one, dict) for one in groups)):
             raise CheckpointError("LoRDO: the saved state has no states, or no parameter groups: it is damaged")
@@ -588,21 +612,6 @@ class LoRDO(torch.optim.Optimizer):
         self.sync.wire.ledger.load_state_dict(dict(bytes_sent))
         self.sync.rows.pending = [list(row) for row in rows]
         self.watchdog.resumed(self.attempted_steps, self.sync.last_synced_step)
-
-
-def _model_size(fragments: Sequence[Fragment], inside: InsideReplica) -> ModelSize:
-    """Collective over the replica."""
-    first_of_its_shards = inside.shard.index == inside.rows.index == 0
-    counted = [fragment.plan for fragment in fragments if fragment.counts and first_of_its_shards]
-    # A sliced parameter is one, its elements lie on all tensor indices.
-    sizes = inside.of_every_rank([(p.low_rank, int(inside.tensor.index == 0), p.numel) for p in counted])
-    low_rank, dense = ([size[1:] for size in sizes if size[0] == kind] for kind in (True, False))
-    return ModelSize(
-        sum(one for one, _ in low_rank),
-        sum(numel for _, numel in low_rank),
-        sum(one for one, _ in dense),
-        sum(numel for _, numel in dense),
-    )
 
 
 def _check_saved(fragment: Fragment, saved: Any) -> None:

@@ -210,7 +210,7 @@ def _make(replica_size: int | str) -> Replicas:
         raise ConfigError("LoRDO: context parallelism is not supported: set context_parallel_size to 1")
     ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
     groups = replica_groups(
-        layout_of_replicas(ranks, replica_size),
+        layout_of_replicas(ranks, replica_size, "replica_size"),
         dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lordo_ds.dist.ledger import data_parallel_bytes
+from lordo_ds.dist.start_table import show_messages
 from lordo_ds.handle import RunHandle
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.status import describe_start, status_of
@@ -26,9 +27,14 @@ class TrainingHandle(RunHandle):
         super().__init__(optimizer, replicas.groups)
         self.ddp_bytes_per_step = data_parallel_bytes(gradient_bytes, self.replicas, self.groups.layout.replica_size)
         self._take_over = take_over
+        show_messages(dist.get_rank())
         if dist.get_rank() == 0:
             for line in describe_start(self):
                 logger.info(line)
+
+    @property
+    def driver(self) -> str:
+        return "Megatron's own loop"
 
     def status(self) -> dict[str, Any]:
         """As `lordo_ds.status` of a DeepSpeed engine: mesh, next sync, state and bytes by kind, the last sync."""

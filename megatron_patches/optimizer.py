@@ -10,7 +10,6 @@ wrapper runs the sync if it is due and refreshes the low-precision weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch.distributed as dist
@@ -22,11 +21,11 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
-from lordo_ds.adapters.equalise import equalise_untrained
 from lordo_ds.config import ConfigError
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, model_facts
 from lordo_ds.dist.copies import TiedWeight
+from lordo_ds.dist.equalise import equalise_untrained
 from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.model_copy import checked_model, whole_copy
 from lordo_ds.dist.wire import ReplicaWire
@@ -34,6 +33,7 @@ from lordo_ds.optimizer import LoRDO
 from megatron_patches.ddp import Replicas
 from megatron_patches.handle import TrainingHandle
 from megatron_patches.samples import SampleCheck
+from megatron_patches.sharded import refuse_between_syncs
 from megatron_patches.support import check_support
 from megatron_patches.versions import require_parameters
 from megatron_patches.wrappers import LordoFloat16Optimizer, LordoFP32Optimizer
@@ -81,6 +81,7 @@ def lordo_optimizer(
     _watch(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
     wrapper.handle = TrainingHandle(lordo, replicas, _gradient_bytes(chunk), wrapper.take_over)
     wrapper.samples = SampleCheck(chunk, first_stage=parallel_state.is_pipeline_first_stage())
+    refuse_between_syncs(lordo)
     wrapper.check_loop = _keep_tokens_inside(get_model_config(chunk), replicas)
     return wrapper
 
@@ -170,7 +171,7 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
     twins = InsideComm(groups.shard)
     wire = ReplicaWire(groups.replica, twins)
     device = flats[0].tensor.device
-    equalise_untrained(SimpleNamespace(module=model, device=device), tensors.keys(), wire)
+    equalise_untrained(model, tensors.keys(), wire, device)
     inside = InsideReplica(
         tensor=InsideComm(groups.tensor), everyone=InsideComm(groups.inside), rows=twins, device=device
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
@@ -43,6 +44,8 @@ def train(fault: Fault, timeout_s: float, **settings: Any) -> None:
     """Each rank a replica, in sync after every second step; `fault` is called with (rank, step) before each, and at
     the end.
     """
+    logging.getLogger("lordo_ds").setLevel(logging.WARNING)  # what is looked at is no start-up table
+    torch.manual_seed(dist.get_rank())
     weight = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = LoRDO([("weight", weight)], rank=2, sync_interval=2, sync_timeout_s=timeout_s, **settings)
     for step in range(1, STEPS + 1):

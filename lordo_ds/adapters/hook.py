@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch.distributed as dist
 
 from lordo_ds.adapters import stage0
 from lordo_ds.adapters.checkpoints import keep_replicas_apart
-from lordo_ds.adapters.equalise import equalise_untrained
 from lordo_ds.adapters.global_mpu import lend_to_engine, taken_from, users_mpu
 from lordo_ds.adapters.model_watch import watch_engine
 from lordo_ds.adapters.patching import replace_method
@@ -31,11 +29,14 @@ from lordo_ds.adapters.zero import (
     stepped_tensors_in_groups,
     take_masters_from_model,
 )
+from lordo_ds.checkpoint.layout import RESHAPE_HINT
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.dist.copies import TiedWeight
+from lordo_ds.dist.equalise import equalise_untrained
 from lordo_ds.dist.groups import ReplicaGroups, make_groups
 from lordo_ds.dist.inside import InsideComm, InsideReplica
 from lordo_ds.dist.ledger import data_parallel_bytes
+from lordo_ds.dist.start_table import show_messages
 from lordo_ds.dist.wire import ReplicaWire
 from lordo_ds.handle import RunHandle
 from lordo_ds.status import describe_start, sync_events
@@ -67,7 +68,7 @@ class EngineHook(RunHandle):
     def attach(cls, engine: Any, groups: ReplicaGroups, training_data: Any) -> EngineHook:
         """Equalise the replicas, allocate the optimizer state, hook the engine, print the layout. Collective."""
         check_engine(engine, groups)
-        _show_messages(engine.global_rank)
+        show_messages(engine.global_rank)
         hook = cls(engine, groups)
         setattr(engine, _HOOK, hook)
         hook._attach_optimizer(engine)
@@ -100,7 +101,7 @@ class EngineHook(RunHandle):
                 len(left_out),
                 left_out[0],
             )
-        equalise_untrained(engine, trained, wire)
+        equalise_untrained(engine.module, trained, wire, engine.device)
         inside = InsideReplica(
             # At stage 0 every rank of a replica steps whole parameters; what it records is its own all the same.
             shard=rows if sharded else InsideComm(),
@@ -110,6 +111,7 @@ class EngineHook(RunHandle):
             device=engine.device,
         )
         tied = _tied_weights({facts[p].name: ranks for p, ranks in tied_copies(engine.module)}, inside.shard)
+        self.optimizer.resume_hint = RESHAPE_HINT
         with stepped_tensors_in_groups(engine):
             self.optimizer.attach(flats, wire, inside, tied)
         tell_header(engine, groups, facts, trained)
@@ -285,16 +287,6 @@ def _tied_weights(stage_ranks: dict[str, tuple[int, ...]], shard: InsideComm) ->
         TiedWeight(name, InsideComm(group), ranks.index(me), len(ranks))
         for (name, ranks), group in zip(stage_ranks.items(), groups, strict=True)
     ]
-
-
-def _show_messages(dist_rank: int) -> None:
-    """Let rank 0 say what it does and the others what is wrong, unless the user has configured the logger."""
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO if dist_rank == 0 else logging.WARNING)
-    if not logger.hasHandlers():
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
 
 
 def _refuse_offload_states(original: Any) -> Any:

@@ -28,6 +28,7 @@ from lordo_ds.adapters.pipeline import batch_of_replica, count_all_samples, is_p
 from lordo_ds.adapters.replica_mpu import ReplicaMPU
 from lordo_ds.adapters.support import refuse_hidden_optimizer, replica_groups_for, requested_optimizer
 from lordo_ds.adapters.zero_init import zero_init_patches
+from lordo_ds.config import LordoConfig
 from lordo_ds.optimizer import LoRDO
 
 TYPE_NAME = "lordo"
@@ -42,6 +43,7 @@ _patches: list[MethodPatch] = []
 def build_for_engine(params: Iterable[Any], **settings: Any) -> LoRDO:
     """What DeepSpeed calls to build the optimizer from the JSON block."""
     optimizer = LoRDO(params, **settings)
+    optimizer.config = LordoConfig.parse(settings)  # messages then name the keys by their path in the block
     optimizer.managed = True
     return optimizer
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from lordo_ds.adapters.pipeline import ReplicaGrid, check_pipeline, is_pipeline
 from lordo_ds.adapters.zero import shard_groups
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import JSON_PATH, ConfigError, LordoConfig
 from lordo_ds.dist.groups import ReplicaGroups, replica_groups
 from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.optimizer import LoRDO
@@ -82,7 +82,11 @@ def groups_of_replicas(replica_size: int | str, mpu: Any) -> ReplicaGroups:
     else:
         ranks = dist.get_process_group_ranks(mpu.get_data_parallel_group())
         tensor_ranks = _tensor_ranks(mpu)
-    return replica_groups(layout_of_replicas(ranks, replica_size), tensor_ranks, bwc_pipeline_parallel_world_size(mpu))
+    return replica_groups(
+        layout_of_replicas(ranks, replica_size, JSON_PATH + "replica_size"),
+        tensor_ranks,
+        bwc_pipeline_parallel_world_size(mpu),
+    )
 
 
 def _tensor_ranks(mpu: Any) -> list[int] | None:

@@ -251,3 +251,8 @@ def write_complete(folder: Path, sums: Mapping[str, tuple[int, int]]) -> None:
     """Declare a directory complete."""
     files = {name: list(pair) for name, pair in sorted(sums.items())}
     write_text(folder / COMPLETE, json.dumps({"format": COMPLETE_FORMAT, "files": files}, indent=1))
+
+
+def with_a_name(path: Path) -> Path:
+    """The same directory by a path that ends in its name: `.` and `x/..` do not, and siblings are named after it."""
+    return path if path.name not in ("", "..") else path.resolve()

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from lordo_ds.config import JSON_PATH
+
 STATE_FORMAT = 2
 
 # Settings that say what the saved tensors mean; the others may change between saving and loading.
@@ -20,6 +22,8 @@ RESHAPE_HINT = (
     "give what it was saved with, or load it with lordo_ds.load_checkpoint(engine, ..., reshape=True) "
     "(`lordo ckpt show` tells what it holds)"
 )
+# Without an engine there is nobody who could put it together from the files of other ranks.
+OWN_FILE_HINT = "load the file that this rank saved itself, in a run of as many ranks and with the same settings"
 
 
 LARGEST = 2**63 - 1  # torch counts in 64 bits
@@ -218,19 +222,25 @@ def check_format(found: Any, known: int, where: str) -> None:
 # -- what keeps a checkpoint from fitting a run ------------------------------------------------------
 
 
-def refuse_differences(saved: Header, here: Header, where: str) -> None:
+def refuse_differences(
+    saved: Header, here: Header, where: str, path: str = JSON_PATH, hint: str = RESHAPE_HINT
+) -> None:
     """Refuse a state that lies otherwise than this run's, or means something else.
+
+    Args:
+        path: what the user writes before our settings.
+        hint: the way out.
 
     Raises:
         CheckpointError: the first difference, with both values, and how many more there are.
     """
-    found = list(differences(saved, here))
+    found = list(differences(saved, here, path))
     if found:
         more = f" (and {len(found) - 1} more differences)" if len(found) > 1 else ""
-        raise CheckpointError(f"LoRDO: {where} does not fit this run: {found[0]}{more}: {RESHAPE_HINT}")
+        raise CheckpointError(f"LoRDO: {where} does not fit this run: {found[0]}{more}: {hint}")
 
 
-def differences(saved: Header, here: Header) -> Iterator[str]:
+def differences(saved: Header, here: Header, path: str = JSON_PATH) -> Iterator[str]:
     """Readable differences, the most telling first."""
     for field in ("replicas", "shards", "slices", "stages", "replica", "shard", "slice", "stage"):
         yield from _difference(_MESH_WORDS[field], getattr(saved.mesh, field), getattr(here.mesh, field))
@@ -238,8 +248,8 @@ def differences(saved: Header, here: Header) -> Iterator[str]:
     yield from _difference("precision", saved.engine.precision, here.engine.precision)
     yield from _difference("DeepSpeed's optimizer", saved.engine.wrapper, here.engine.wrapper)
     for key in MEANING:
-        yield from _difference(f"optimizer.params.{key}", saved.settings.get(key), here.settings.get(key))
-    yield from _difference("optimizer.params.anchor.dtype", _anchor_dtype(saved), _anchor_dtype(here))
+        yield from _difference(f"{path}{key}", saved.settings.get(key), here.settings.get(key))
+    yield from _difference(f"{path}anchor.dtype", _anchor_dtype(saved), _anchor_dtype(here))
     if not saved.fragments:
         return  # saved before the first step: nothing but settings
     yield from _difference("number of parameters", len(saved.fragments), len(here.fragments))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lordo_ds.checkpoint.files import verify
+from lordo_ds.checkpoint.files import verify, with_a_name
 from lordo_ds.checkpoint.native import NativeRun, tag_folder
 from lordo_ds.checkpoint.portable import PortableRun, is_portable
 from lordo_ds.checkpoint.run import SavedRun
@@ -21,7 +21,8 @@ def open_run(path: str | Path, tag: str | None = None, *, check: bool = True) ->
     Raises:
         CheckpointError: there is none, or it is not complete, damaged, or of another version.
     """
-    folder = Path(path) if tag is None else Path(path) / tag
+    path = with_a_name(Path(path))
+    folder = path if tag is None else with_a_name(path / tag)
     portable = is_portable(folder)
     if not portable:
         folder = tag_folder(path, tag)

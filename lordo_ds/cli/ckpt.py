@@ -10,6 +10,7 @@ from typing import Any
 
 from lordo_ds.checkpoint import CheckpointError, ReshapedRun, SavedRun, open_run
 from lordo_ds.checkpoint.export import EXPORT_DTYPES, export_hf, export_safetensors
+from lordo_ds.checkpoint.files import with_a_name
 from lordo_ds.checkpoint.portable import write_portable
 from lordo_ds.cli.printing import printable
 
@@ -134,9 +135,9 @@ def _short(value: Any) -> str:
 
 def _reshape(chosen: argparse.Namespace) -> None:
     run = open_run(chosen.source, chosen.tag)
-    _check_destination(chosen.destination, run)
+    destination = _checked_destination(chosen.destination, run)
     reshaped = ReshapedRun(run, run.replicas if chosen.replicas is None else chosen.replicas, chosen.rank)
-    write_portable(reshaped, chosen.destination)
+    write_portable(reshaped, destination)
     for note in reshaped.notes:
         print(f"lordo: {printable(note)}")
     print(
@@ -147,23 +148,28 @@ def _reshape(chosen: argparse.Namespace) -> None:
 
 def _export(chosen: argparse.Namespace) -> None:
     run = open_run(chosen.source, chosen.tag)
-    _check_destination(chosen.destination, run)
+    destination = _checked_destination(chosen.destination, run)
     replica = None if chosen.replica == "average" else _number(chosen.replica)
     if chosen.format == "safetensors":
-        export_safetensors(run, chosen.destination, chosen.dtype, replica)
+        export_safetensors(run, destination, chosen.dtype, replica)
     else:
         model = None if chosen.model is None else _model_file(chosen.model)
-        export_hf(run, chosen.destination, chosen.dtype, replica, model)
+        export_hf(run, destination, chosen.dtype, replica, model)
     if replica is None and run.replicas > 1 and not run.synced:
         print("lordo: saved between syncs: the weights are the mean of the replicas'")
     print(f"lordo: wrote {chosen.destination}")
 
 
-def _check_destination(destination: Path, run: SavedRun) -> None:
+def _checked_destination(given: Path, run: SavedRun) -> Path:
+    """The directory to write: it takes its name, in its parent, when all is written."""
+    destination = with_a_name(given)
+    if destination.resolve() == Path.cwd():
+        raise CheckpointError(f"{given} is the directory that you are in: give another destination")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise CheckpointError(f"{destination} exists and is not empty: give another destination")
     if run.path.resolve() == destination.resolve():
         raise CheckpointError(f"{destination} is the source: give another destination")
+    return destination
 
 
 def _number(text: str) -> int:

@@ -20,7 +20,8 @@ class ParameterFacts:
 
     `partition_dim` is the tensor-parallel dimension (megatron-core sets it even at size 1), or None; `partitions` is
     the number of ranks that hold a slice of it along that dimension. `shape` is that of the slice. A slice of
-    `partition_stride` 2 holds a part of each of two matrices (gated fc1: [gate; up]).
+    `partition_stride` 2 holds a part of each of two matrices (gated fc1: [gate; up]). `embedding_name` is what in the
+    name calls it an embedding, where names are all that is known.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ParameterFacts:
     named: bool = True
     partitions: int = 1
     partition_stride: int = 1
+    embedding_name: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,16 @@ def plan_parameters(
         for pattern in patterns:
             if not any(fact.named and re.search(pattern, fact.name) for fact in model) and pattern != ".*":
                 raise ConfigError(
-                    f"LoRDO: optimizer.params.low_rank.{key}: {pattern!r} matches no parameter name; "
+                    f"LoRDO: {config.key('low_rank')}.{key}: {pattern!r} matches no parameter name; "
                     f"names look like {model[0].name!r}"
                     if model
-                    else f"LoRDO: optimizer.params.low_rank.{key}: there are no parameters to match"
+                    else f"LoRDO: {config.key('low_rank')}.{key}: there are no parameters to match"
                 )
     plans = [_plan(config, fact) for fact in facts]
     if model and not selection.exclude and not any(_select(config, fact)[0] for fact in model):
         raise ConfigError(
             "LoRDO: no parameter can be projected (no 2-D weight besides embeddings and output heads): "
-            'set optimizer.params.low_rank to {"exclude": [".*"]} if AdamW for all of them is intended'
+            f'set {config.key("low_rank")} to {{"exclude": [".*"]}} if AdamW for all of them is intended'
         )
     return plans
 
@@ -158,10 +160,12 @@ def _select(config: LordoConfig, fact: ParameterFacts) -> tuple[bool, str]:
         return False, "tied to an embedding"
     if fact.embedding_or_output:
         return False, "embedding or output (marked by the model)"
+    if fact.embedding_name:
+        return False, f"embedding, by its name ({fact.embedding_name})"
     parts = fact.name.split(".")
     if fact.named and len(parts) > 1 and parts[-2] in OUTPUT_HEAD_NAMES:
         return False, f"output head ({parts[-2]})"
-    return True, "2-D weight"
+    return True, "2-D weight" if fact.named else "2-D, without a name"
 
 
 def model_facts(model: nn.Module, tensor_size: int = 1) -> dict[nn.Parameter, ParameterFacts]:

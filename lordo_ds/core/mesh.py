@@ -39,13 +39,19 @@ class ReplicaLayout:
         return tuple(ranks[shard] for ranks in self.replicas)
 
 
-def replica_layout(data_parallel_ranks: Sequence[int], replica_size: int | str, ranks_per_node: int) -> ReplicaLayout:
+def replica_layout(
+    data_parallel_ranks: Sequence[int],
+    replica_size: int | str,
+    ranks_per_node: int,
+    key: str = "replica_size",
+) -> ReplicaLayout:
     """Cut the data-parallel ranks into replicas of consecutive ranks.
 
     Args:
         data_parallel_ranks: global dist_ranks, in data-parallel order.
         replica_size: data-parallel ranks per replica, "node" (those of one node) or "all" (one replica).
         ranks_per_node: data-parallel ranks on one node, for "node".
+        key: what the user calls `replica_size`, for messages.
 
     Raises:
         ConfigError: the size does not divide the number of data-parallel ranks.
@@ -57,8 +63,7 @@ def replica_layout(data_parallel_ranks: Sequence[int], replica_size: int | str, 
         legal = [n for n in range(1, total + 1) if total % n == 0]
         nearest = min(legal, key=lambda n: abs(n - size))
         raise ConfigError(
-            f"LoRDO: optimizer.params.replica_size = {replica_size!r} must divide the data-parallel size {total} "
-            f"(nearest: {nearest})"
+            f"LoRDO: {key} = {replica_size!r} must divide the data-parallel size {total} (nearest: {nearest})"
         )
     ranks = tuple(data_parallel_ranks)
     return ReplicaLayout(tuple(ranks[start : start + size] for start in range(0, total, size)))

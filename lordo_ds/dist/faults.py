@@ -74,7 +74,7 @@ class Faults:
             raise SyncError(
                 f"LoRDO: replica {', '.join(map(str, replicas))} was not finite at {worst} syncs in a row, the last at "
                 f"step {step}, although the others were: look at its machine and its data, and resume from a "
-                "checkpoint; optimizer.params.max_left_out_syncs sets how often"
+                f"checkpoint; {self.config.key('max_left_out_syncs')} sets how often"
             )
         return found if len(found) >= self.config.least_participants(self.wire.replicas) else []
 
@@ -117,7 +117,8 @@ class Faults:
         report.returned_to_anchor = True
         least = self.config.least_participants(self.wire.replicas)
         who = f"only {finite} of {self.wire.replicas} replicas" if finite else "no replica"
-        rule = f", fewer than optimizer.params.min_participants = {self.config.min_participants}" if least > 1 else ""
+        key = self.config.key("min_participants")
+        rule = f", fewer than {key} = {self.config.min_participants}" if least > 1 else ""
         logger.warning(
             "LoRDO: %s finite at step %d%s (%d in a row): back to the anchor",
             f"{who} {'are' if finite > 1 else 'is'}", report.step, rule, in_a_row,

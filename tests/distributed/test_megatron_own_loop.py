@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -314,6 +315,39 @@ def test_weights_loaded_between_two_steps_are_those_that_are_trained(dtype: torc
         assert all(float((tensor - 2.0).norm() / tensor.norm()) < 0.1 for tensor in mains.values())
         assert all(torch.equal(weights[name], main.to(dtype)) for name, main in mains.items())
         assert "wide was replaced by another parameter" in refused
+
+
+def saved_sharded(folder: str) -> tuple[list[str], dict[str, Tensor], list[dict[str, Tensor]]]:
+    """`dist_checkpointing.save` of the model after every step, by a script that has imported it by name before."""
+    from megatron.core.dist_checkpointing import load, save
+
+    start_megatron()
+    loop = Loop.of_toys(dtype=torch.bfloat16, settings={"low_rank": {"exclude": [".*"]}})
+    refusals, at_sync = [], []
+    for step in range(1, 5):
+        loop.step([given(step, dist.get_rank(), torch.bfloat16)], forward_toy)
+        path = Path(folder, str(step))
+        path.mkdir(exist_ok=True)
+        dist.barrier()
+        try:
+            save(loop.chunk.sharded_state_dict(), str(path))
+            at_sync.append(loop.weights())
+            refusals.append("")
+        except CheckpointError as error:
+            refusals.append(str(error))
+    with pytest.raises(NotImplementedError, match=r"save state_dict\(\) in one file per rank"):
+        loop.optimizer.sharded_state_dict({})
+    loop.optimizer.handle.finish()
+    save(loop.chunk.sharded_state_dict(), str(path))
+    found = load(loop.chunk.sharded_state_dict(), str(Path(folder, "3")))
+    return refusals, {name.removeprefix("module."): t.detach() for name, t in found.items()}, at_sync
+
+
+def test_a_sharded_save_between_syncs_is_refused_and_one_at_a_sync_holds_everybodys_model(tmp_path: Path) -> None:
+    for refusals, loaded, at_sync in run_ranks(saved_sharded, 2, str(tmp_path)):
+        assert [bool(one) for one in refusals] == [True, True, False, True], refusals
+        assert "at step 2, 2 after the last sync" in refusals[1] and "the next one ends step 3)" in refusals[1]
+        assert all(torch.equal(loaded[name], weight) for name, weight in at_sync[0].items())
 
 
 def scheduled() -> list[tuple[float, float]]:

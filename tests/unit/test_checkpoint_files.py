@@ -24,6 +24,7 @@ from lordo_ds.checkpoint.portable import PortableRun, write_portable
 from lordo_ds.checkpoint.reshape import mean_state, with_rank
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.checkpoint.tensor_file import TensorFile, TensorWriter
+from lordo_ds.cli.main import main
 from lordo_ds.core.slices import cut_slice, join_slices
 
 FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -258,6 +259,43 @@ def test_a_portable_checkpoint_holds_what_was_written(tmp_path: Path) -> None:
             assert all(torch.equal(v, other[k]) if isinstance(v, Tensor) else v == other[k] for k, v in one.items())
     write_portable(found, tmp_path / "p")  # over itself: read before the other is removed
     assert torch.equal(open_run(tmp_path / "p").state("w", 1)["error"], run.states["w", 1]["error"])
+
+
+def test_a_checkpoint_is_opened_by_any_path_that_leads_to_it(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """`Path(".").name` is empty, that of `x/..` is `..`: siblings (`.old`, `.part`) are named after the directory."""
+    home = tmp_path / "a folder"
+    write_portable(MemoryRun(), home / "kept one" / "p")
+    (home / "kept one" / "p" / "sub").mkdir()
+    (home / "link").symlink_to("kept one/p")
+    (home / "up").symlink_to("kept one/p/sub")
+    monkeypatch.chdir(home)
+    paths = ["link", "link/", "up/..", "kept one/p/", "kept one/p/sub/..", "./kept one/./p", str(home / "link")]
+    for path in paths:
+        assert main(["ckpt", "show", path]) == 0, capsys.readouterr().err
+    for tag in ("p", "p/"):
+        assert main(["ckpt", "show", "kept one", "--tag", tag]) == 0, capsys.readouterr().err
+    monkeypatch.chdir(home / "kept one" / "p")
+    for path in (".", "./", "", "../p", "sub/.."):
+        assert main(["ckpt", "show", path]) == 0, capsys.readouterr().err
+    assert main(["ckpt", "export", ".", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    assert main(["ckpt", "show", "..", "--tag", "p"]) == 0, capsys.readouterr().err
+    assert TensorFile(tmp_path / "out" / "model.safetensors").metadata["source"].startswith("p, mean of replicas")
+
+
+def test_a_destination_has_a_name_of_its_own(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    write_portable(MemoryRun(), tmp_path / "p")
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("empty/sub")
+    monkeypatch.chdir(tmp_path / "empty" / "sub")
+    assert main(["ckpt", "export", str(tmp_path / "p"), "."]) == 1
+    assert "is the directory that you are in: give another destination" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    for command in ("export", "reshape"):
+        for destination in (f"empty/sub/../{command}", f"link/../{command}2", f"{command} 3/"):
+            assert main(["ckpt", command, "p", destination]) == 0, capsys.readouterr().err
+    assert main(["ckpt", "export", "p", "empty/sub/.."]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.rglob("*.old"))
 
 
 @given(st.data())

@@ -10,6 +10,7 @@ from torch import nn
 
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts, plan_parameters
+from lordo_ds.core.names import embedding_in
 
 
 def plan_of(shape: tuple[int, ...], params: dict[str, Any] | None = None, **facts: Any) -> ParameterPlan:
@@ -308,3 +309,30 @@ def test_a_model_in_stages_says_what_its_parameters_are_called_in_one_piece() ->
         "decoder.0.weight",
         "decoder.0.bias",
     ]
+
+
+# -- where names are all that is known -----------------------------------------------------------------
+
+EMBEDDINGS = (
+    "wte.weight transformer.wpe.weight wpe model.embed_tokens.weight embeddings.word_embeddings.weight "
+    "embeddings.token_type_embeddings.weight decoder.embed_positions.weight tok_embeddings.weight pos_embed "
+    "gpt_neox.embed_in.weight tok_emb.weight emb_2.weight tokenEmbedding.weight Embedding.weight shared.weight "
+    "relative_attention_bias.weight"
+)
+OTHERS = (
+    "blocks.0.attn.qkv.weight embed.0.weight patch_embed.proj.weight embedding_projection.weight embed_norm.weight "
+    "embedding_hidden_mapping_in.weight embeddings.LayerNorm.weight assembler.weight remember.weight weight "
+    "head.weight shared_experts.weight embedder.fc1.weight"
+)
+
+
+@pytest.mark.parametrize("name", EMBEDDINGS.split())
+def test_a_name_that_says_embedding_is_taken_at_its_word(name: str) -> None:
+    plan = plan_of((8, 6), name=name, embedding_name=embedding_in(name))
+    assert not plan.low_rank and plan.reason.startswith("embedding, by its name (")
+    assert plan_of((8, 6), {"low_rank": {"include": [".*"]}}, name=name, embedding_name=embedding_in(name)).low_rank
+
+
+@pytest.mark.parametrize("name", OTHERS.split())
+def test_other_names_say_nothing_of_embeddings(name: str) -> None:
+    assert not embedding_in(name)

@@ -14,20 +14,21 @@ from lordo_ds.dist.wire import ReplicaWire
 
 
 @torch.no_grad()
-def equalise_untrained(engine: Any, trained: Collection[nn.Parameter], wire: ReplicaWire) -> None:
+def equalise_untrained(model: nn.Module, trained: Collection[Tensor], wire: ReplicaWire, device: torch.device) -> None:
     """Frozen parameters and buffers become those of replica 0, where any differs. Collective over replicas.
 
     At stage 3 it is the partitions that travel; gathered copies are stale until the next refresh.
     """
     if wire.replicas == 1:
         return
-    frozen = [p for p in engine.module.parameters() if p not in trained]
-    stored = [p.data if getattr(p, "ds_tensor", None) is None else p.ds_tensor.data for p in frozen]
-    tensors = [t for t in [*stored, *engine.module.buffers()] if t.numel()]
+    frozen = [p for p in model.parameters() if p not in trained]
+    shards: list[Any] = [getattr(p, "ds_tensor", None) for p in frozen]
+    stored = [p.data if shard is None else shard.data for p, shard in zip(frozen, shards, strict=True)]
+    tensors = [t for t in [*stored, *model.buffers()] if t.numel()]
     # Ranks that hold the same first: together they then divide what crosses replicas.
     for group in (wire.twins, wire):
         if group.size > 1:
-            _equalise(tensors, group, engine.device)
+            _equalise(tensors, group, device)
 
 
 def _equalise(tensors: list[Tensor], group: Comm, device: torch.device) -> None:
