@@ -27,6 +27,7 @@ from lordo_ds.core.fragments import FlatTensor, Piece, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.inner import StepSettings, adamw_step_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
+from lordo_ds.dist.alike import require_alike, start_alone
 from lordo_ds.dist.copies import TiedWeight
 from lordo_ds.dist.fragment import Fragment
 from lordo_ds.dist.groups import replica_groups
@@ -199,6 +200,7 @@ class LoRDO(torch.optim.Optimizer):
                 )
         wire, twins = ReplicaWire(), InsideComm()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            require_alike(start_alone(self.config, self.param_groups))
             groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), self.config.replica_size))
             if groups.layout.replica_count > 1:
                 twins = InsideComm(groups.shard)

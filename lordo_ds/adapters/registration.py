@@ -26,7 +26,8 @@ from lordo_ds.adapters.hook import DEEPSPEED_VERSION, EngineHook, live_engines
 from lordo_ds.adapters.patching import MethodPatch, PatchError
 from lordo_ds.adapters.pipeline import batch_of_replica, count_all_samples, is_pipeline, replica_grid
 from lordo_ds.adapters.replica_mpu import DataParallelOfReplica, ReplicaMPU
-from lordo_ds.adapters.support import replica_groups_for, requested_optimizer
+from lordo_ds.adapters.start import agreed_settings
+from lordo_ds.adapters.support import replica_groups_for
 from lordo_ds.adapters.zero_init import zero_init_patches
 from lordo_ds.config import ConfigError
 from lordo_ds.optimizer import LoRDO
@@ -95,12 +96,12 @@ def _wrap_init(original: Any) -> Any:
         if is_pipeline(self):  # called by its own constructor, which is patched too
             original(self, args, model, **given)
             return
-        settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
+        settings = agreed_settings(config, given, model, mpu, TYPE_NAME)
         if settings is None:
             _leave_no_replica_mpu_behind()
             original(self, args, model, **given)
             return
-        groups = replica_groups_for(settings, config, model, mpu, given.get("mesh_device"))
+        groups = replica_groups_for(settings, model, mpu)
         _adopt_client_optimizer(given)
         training_data, user_config = given.pop("training_data", None), given.get("config")
         given["mpu"] = ReplicaMPU(groups, mpu)
@@ -118,12 +119,12 @@ def _wrap_pipeline_init(original: Any) -> Any:
     def init(self: PipelineEngine, has_bool_tensors: bool = False, *positional: Any, **named: Any) -> None:
         given = dict(zip(_ENGINE_PARAMETERS[1:], positional, strict=False)) | named
         config, grid = given.get("config_class"), given.get("mpu")
-        settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
+        settings = agreed_settings(config, given, given["model"], grid, TYPE_NAME)
         if settings is None:
             _leave_no_replica_mpu_behind()
             original(self, has_bool_tensors, **given)
             return
-        groups = replica_groups_for(settings, config, given["model"], grid)
+        groups = replica_groups_for(settings, given["model"], grid)
         _adopt_client_optimizer(given)
         training_data = given.pop("training_data", None)
         with replica_grid(given, groups):
