@@ -77,6 +77,7 @@ def status_of(hook: RunHandle) -> dict[str, Any]:
         "syncs_with_replicas_left_out": sync.left_out_syncs,
         "nonfinite_syncs_in_a_row": sync.nonfinite_syncs,
         "syncs_left_out_by_replica": list(sync.faults.left_out),
+        "syncs_as_outlier_by_replica": list(sync.faults.as_outlier),
         **asdict(optimizer.model_size),
         "state_bytes": state_bytes(optimizer),
         "border_copy_bytes": border_copy_bytes(optimizer),
@@ -143,6 +144,7 @@ def sync_events(hook: RunHandle, samples: int) -> list[tuple[str, float, int]]:
         "basis_overlap": report.overlap,
         "captured_gradient_energy": report.captured_gradient_energy,
         "participants": report.participants,
+        "outliers": len(report.outliers),
     }
     return [(f"Train/LoRDO/{name}", float(value), samples) for name, value in values.items() if value is not None]
 
