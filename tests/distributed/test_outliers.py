@@ -99,11 +99,11 @@ def differences_of_draws(seeds: range) -> dict[str, Any]:
 @pytest.mark.parametrize("replicas", [2, 3])
 def test_flipped_bits_under_settings_drawn_at_random_follow_the_reference(replicas: int) -> None:
     counted = 0
-    for found in run_ranks(differences_of_draws, replicas, seeds=range(16), timeout_s=240):
+    for found in run_ranks(differences_of_draws, replicas, seeds=range(10), timeout_s=240):
         for what, one in found.items():
             assert not one["difference"], f"{one['difference']}, with {what}"
             counted += sum(one["as_outlier"])
-    assert counted > 8 * replicas
+    assert counted > 5 * replicas
 
 
 # -- named, counted, restored ------------------------------------------------------------------------
