@@ -114,6 +114,9 @@ def report(args: argparse.Namespace, faults: dict[str, Any], clean: list[Run], f
     # Every rank says so, and a step that a crash undid comes twice.
     left_out = len(set(re.findall(r"at step (\d+): left out of this sync", faulty.output)))
     to_anchor = len(set(re.findall(r"at step (\d+).*back to the anchor", faulty.output)))
+    outliers = sum(
+        run.output.count("is far from the others") for run in [*clean, faulty]
+    )  # none of these faults is one
     resumed = re.findall(r"resumed from step (\d+)", faulty.output)
     within = faulty.val_loss <= max(losses) + noise
     flat = all(run.growth <= ALLOWED_GROWTH for run in [*clean, faulty])
@@ -133,7 +136,7 @@ def report(args: argparse.Namespace, faults: dict[str, Any], clean: list[Run], f
         f"Memory {'flat' if flat else 'NOT flat'}.**",
         "",
         f"Syncs with a replica left out: {left_out}; back to the anchor, no replica being finite: {to_anchor};",
-        f"resumed from steps {', '.join(resumed) or 'none'}.",
+        f"replicas taken for outliers: {outliers}; resumed from steps {', '.join(resumed) or 'none'}.",
         "",
         f"| run | validation loss | training loss, last {LAST_STEPS} steps | seconds | memory growth | largest MiB |",
         "|---|---|---|---|---|---|",
@@ -145,7 +148,7 @@ def report(args: argparse.Namespace, faults: dict[str, Any], clean: list[Run], f
             f"| {largest:.0f} |"
         )
     lines += ["", f"Memory growth: the largest of a process, from {SETTLED_STEP} steps after it began to its end.", ""]
-    return "\n".join(lines), within and flat and len(resumed) == 2
+    return "\n".join(lines), within and flat and not outliers and len(resumed) == 2
 
 
 if __name__ == "__main__":

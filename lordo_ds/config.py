@@ -139,6 +139,7 @@ class LordoConfig(_Block):
     min_participants: Annotated[StrictInt, Field(ge=1)] | str = "1/2"
     max_nonfinite_syncs: Annotated[StrictInt, Field(ge=1)] = 3
     max_left_out_syncs: Annotated[StrictInt, Field(ge=1)] | Literal["never"] = 10
+    max_outlier: Annotated[float, Field(gt=1, allow_inf_nan=False)] | Literal["never"] = 300.0
     sync_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     _path: str = PrivateAttr(default=JSON_PATH)
 
@@ -289,6 +290,7 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "replica_size": ('must be a whole number >= 1, "node" or "all"', ('"node"', '"all"', "1")),
     "min_participants": ('must be a whole number >= 1 or a fraction of the replicas such as "1/2"', ('"1/2"',)),
     "max_left_out_syncs": ('must be a whole number >= 1 or "never"', ('"never"', "10")),
+    "max_outlier": ('must be a number > 1 or "never"', ('"never"', "300.0")),
     "moment_sync_interval": ('must be a multiple of sync_interval, a pair of them, or "never"', ('"never"',)),
     "betas": ("must be two numbers, each >= 0 and < 1", ("[0.9, 0.999]",)),
     "error_feedback": ('must be false, "bf16" or "fp32"', ('"bf16"', '"fp32"', "false")),
@@ -303,7 +305,7 @@ _ALIASES = {
     "K": "sync_interval",
     "sync_every": "sync_interval",
 }
-_BRANCHES = {"int", "str", "constrained-int", "constrained-str", "tuple"}
+_BRANCHES = {"int", "str", "float", "constrained-int", "constrained-float", "constrained-str", "tuple"}
 
 
 def _one_line(error: ValidationError, prefix: str) -> str:

@@ -32,9 +32,9 @@ from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
 from lordo_ds.dist.agreement import agreed, reseeded_later
 from lordo_ds.dist.alone import (
+    agreed_tensors,
     dist_rank,
     equalise_model,
-    flat_tensors,
     given_model,
     replicas_of_torch,
     shape_alone,
@@ -206,9 +206,9 @@ class LoRDO(torch.optim.Optimizer):
 
     def _attach_alone(self, resuming: bool = False) -> None:
         """Without an engine: names from the model or the groups, replicas from torch.distributed. Collective."""
-        flats = flat_tensors(self.param_groups, self._model)
         self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
         with self.watchdog.starting():
+            flats = agreed_tensors(self.config, self.param_groups, self._model)
             wire, twins = replicas_of_torch(self.config.replica_size)
         if wire.replicas > 1:
             replica = dist.get_process_group_ranks(twins.group)

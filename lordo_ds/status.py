@@ -65,6 +65,7 @@ def _status(optimizer: LoRDO, shape: RunShape, ddp_bytes_per_step: int) -> dict[
         "syncs_with_replicas_left_out": sync.left_out_syncs,
         "nonfinite_syncs_in_a_row": sync.nonfinite_syncs,
         "syncs_left_out_by_replica": list(sync.faults.left_out),
+        "syncs_as_outlier_by_replica": list(sync.faults.as_outlier),
         **asdict(optimizer.model_size),
         "state_bytes": state_bytes(sync.items),
         "border_copy_bytes": border_copy_bytes(sync.items),
@@ -94,5 +95,6 @@ def sync_events(hook: RunHandle, samples: int) -> list[tuple[str, float, int]]:
         "basis_overlap": report.overlap,
         "captured_gradient_energy": report.captured_gradient_energy,
         "participants": report.participants,
+        "outliers": len(report.outliers),
     }
     return [(f"Train/LoRDO/{name}", float(value), samples) for name, value in values.items() if value is not None]

@@ -26,6 +26,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lordo_ds.config import ConfigError
+from lordo_ds.dist.alike import Start, require_alike
 from lordo_ds.dist.groups import ReplicaGroups, replica_groups
 from lordo_ds.dist.nodes import layout_of_replicas
 from megatron_patches.versions import MegatronMismatchError, require_parameters, require_supported_version
@@ -208,6 +209,7 @@ def _check_answers(mine: Replicas) -> None:
 def _make(replica_size: int | str) -> Replicas:
     if parallel_state.get_context_parallel_world_size() > 1:
         raise ConfigError("LoRDO: context parallelism is not supported: set context_parallel_size to 1")
+    require_alike(Start({"replica_size": repr(replica_size)}))
     ranks = dist.get_process_group_ranks(parallel_state.get_data_parallel_group())
     groups = replica_groups(
         layout_of_replicas(ranks, replica_size, "replica_size"),

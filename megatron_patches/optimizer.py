@@ -34,6 +34,7 @@ from megatron_patches.ddp import Replicas
 from megatron_patches.handle import TrainingHandle
 from megatron_patches.samples import SampleCheck
 from megatron_patches.sharded import refuse_between_syncs
+from megatron_patches.start import agree_on_groups, agree_on_start
 from megatron_patches.support import check_support
 from megatron_patches.versions import require_parameters
 from megatron_patches.wrappers import LordoFloat16Optimizer, LordoFP32Optimizer
@@ -65,12 +66,19 @@ def lordo_optimizer(
         ConfigError: one line naming what is not supported or wrong, and the way out.
         MegatronMismatchError: this megatron-core is not one this was written for.
     """
-    check_support(model_chunks, config)
-    replicas.check(model_chunks)
-    lordo_settings = _settings(settings, config, replicas)
+    lordo_settings: dict[str, Any] = {}
+    refusal = ""
+    try:
+        check_support(model_chunks, config)
+        replicas.check(model_chunks)
+        lordo_settings = _settings(settings, config, replicas)
+    except ConfigError as error:
+        refusal = str(error)
+    agree_on_start(model_chunks, lordo_settings, config, refusal)
     chunk = model_chunks[0]
     chunk.broadcast_params()
     groups = _parameter_groups(model_chunks, config, config_overrides)
+    agree_on_groups(groups, chunk)
     lordo = LoRDO(groups, **lordo_settings)
     lordo.managed = True
     stepped = [parameter for group in groups for parameter in group["params"]]

@@ -26,7 +26,8 @@ from lordo_ds.adapters.hook import DEEPSPEED_VERSION, EngineHook
 from lordo_ds.adapters.patching import MethodPatch, PatchError
 from lordo_ds.adapters.pipeline import batch_of_replica, count_all_samples, is_pipeline, replica_grid
 from lordo_ds.adapters.replica_mpu import ReplicaMPU
-from lordo_ds.adapters.support import refuse_hidden_optimizer, replica_groups_for, requested_optimizer
+from lordo_ds.adapters.start import agreed_settings
+from lordo_ds.adapters.support import refuse_hidden_optimizer, replica_groups_for
 from lordo_ds.adapters.zero_init import zero_init_patches
 from lordo_ds.config import LordoConfig
 from lordo_ds.optimizer import LoRDO
@@ -96,12 +97,12 @@ def _wrap_init(original: Any) -> Any:
         if is_pipeline(self):  # called by its own constructor, which is patched too
             original(self, args, model, **given)
             return
-        settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
+        settings = agreed_settings(config, given, model, mpu, TYPE_NAME)
         if settings is None:
             original(self, args, model, **given)
             refuse_hidden_optimizer(self)
             return
-        groups = replica_groups_for(settings, config, model, mpu, given.get("mesh_device"))
+        groups = replica_groups_for(settings, model, mpu)
         _adopt_client_optimizer(given)
         training_data, user_config = given.pop("training_data", None), given.get("config")
         given["mpu"] = ReplicaMPU(groups, mpu)
@@ -121,12 +122,12 @@ def _wrap_pipeline_init(original: Any) -> Any:
     def init(self: PipelineEngine, has_bool_tensors: bool = False, *positional: Any, **named: Any) -> None:
         given = dict(zip(_ENGINE_PARAMETERS[1:], positional, strict=False)) | named
         config, grid = given.get("config_class"), given.get("mpu")
-        settings = requested_optimizer(config, given.get("optimizer"), TYPE_NAME)
+        settings = agreed_settings(config, given, given["model"], grid, TYPE_NAME)
         if settings is None:
             original(self, has_bool_tensors, **given)
             refuse_hidden_optimizer(self)
             return
-        groups = replica_groups_for(settings, config, given["model"], grid)
+        groups = replica_groups_for(settings, given["model"], grid)
         _adopt_client_optimizer(given)
         training_data = given.pop("training_data", None)
         with replica_grid(given, groups), lent(given["mpu"]):

@@ -32,17 +32,21 @@ from lordo_ds.dist.nodes import layout_of_replicas
 from lordo_ds.optimizer import LoRDO
 
 
-def requested_optimizer(config: Any, client_optimizer: Any, type_name: str) -> LordoConfig | None:
-    """The LoRDO settings an engine is being built with, or None if it is built with another optimizer.
+def asks_for_lordo(config: Any, client_optimizer: Any, type_name: str) -> bool:
+    """Whether an engine is being built with LoRDO, or its configuration says so."""
+    return isinstance(client_optimizer, LoRDO) or str(config.optimizer_name).lower() == type_name
+
+
+def requested_settings(config: Any, client_optimizer: Any) -> LordoConfig:
+    """The settings of an engine that is being built with LoRDO.
 
     Raises:
-        ConfigError: the configuration asks for LoRDO and the caller gives another optimizer. DeepSpeed lets that one
-            win, and ZeRO-3, which reads the configuration, would cut the parameters by LoRDO's replicas all the same.
+        ConfigError: they are not legal; or the configuration asks for LoRDO and the caller gives another optimizer.
+            DeepSpeed lets that one win, and ZeRO-3, which reads the configuration, would cut the parameters by LoRDO's
+            replicas all the same.
     """
     if isinstance(client_optimizer, LoRDO):
         return client_optimizer.config
-    if str(config.optimizer_name).lower() != type_name:
-        return None
     if client_optimizer is None:
         return LordoConfig.parse(config.optimizer_params or {})
     is_optimizer = isinstance(client_optimizer, torch.optim.Optimizer)
@@ -62,13 +66,19 @@ def refuse_hidden_optimizer(engine: Any) -> None:
         )
 
 
-def replica_groups_for(
-    settings: LordoConfig, config: Any, model: Any, mpu: Any, mesh_device: Any = None
-) -> ReplicaGroups:
-    """Refuse what is not supported, then build the groups of the replica mesh. Collective."""
+def refuse_unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any = None) -> None:
+    """Nothing is communicated.
+
+    Raises:
+        ConfigError: the first thing that is asked for and not supported.
+    """
     for refused, what, instead in _unsupported(config, model, mpu, mesh_device):
         if refused:
             raise ConfigError(f"LoRDO: {what} is not supported in this version: {instead}")
+
+
+def replica_groups_for(settings: LordoConfig, model: Any, mpu: Any) -> ReplicaGroups:
+    """The groups of the replica mesh. Collective."""
     groups = groups_of_replicas(settings.replica_size, mpu)
     _check_zero_init(model, groups)
     return groups
@@ -76,7 +86,7 @@ def replica_groups_for(
 
 def groups_of_replicas(replica_size: int | str, mpu: Any) -> ReplicaGroups:
     """Cut the data-parallel ranks, those of the user's `mpu` or of a pipeline's grid, into replicas. Collective."""
-    _choose_device()
+    choose_device()
     if mpu is None:
         ranks, tensor_ranks = list(range(dist.get_world_size())), None
     else:
@@ -95,7 +105,7 @@ def _tensor_ranks(mpu: Any) -> list[int] | None:
     return dist.get_process_group_ranks(bwc_tensor_model_parallel_group(mpu))
 
 
-def _choose_device() -> None:
+def choose_device() -> None:
     """DeepSpeed takes this rank's device a little later; objects exchanged before would all go through the first."""
     if get_accelerator().device_name() != "cpu" and "LOCAL_RANK" in os.environ:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))

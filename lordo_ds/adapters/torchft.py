@@ -27,7 +27,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
 from lordo_ds.adapters.hook import hook
+from lordo_ds.adapters.start import configuration_texts
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.dist.alike import Start, require_like, start_of_replica
 from lordo_ds.dist.faults import Faults
 from lordo_ds.dist.sync import OuterSync
 from lordo_ds.dist.wire import ReplicaWire, SyncError
@@ -91,8 +93,8 @@ class QuorumWire(ReplicaWire):
 class Membership:
     """Puts whatever crosses replicas under a quorum: formed before, committed or undone after."""
 
-    def __init__(self, optimizer: LoRDO, manager: Manager, wire: QuorumWire) -> None:
-        self.optimizer, self.manager, self.wire = optimizer, manager, wire
+    def __init__(self, optimizer: LoRDO, manager: Manager, wire: QuorumWire, start: Start) -> None:
+        self.optimizer, self.manager, self.wire, self._start = optimizer, manager, wire, start
         self._healed = False
         manager.register_state_dict_fn("lordo_ds", self._heal, self.state)
 
@@ -176,12 +178,14 @@ class Membership:
         """Copies of all that a sync may change, and so of all that a replica needs to take part in one."""
         optimizer, sync = self.optimizer, self._sync
         return {
+            "start": self._start.texts(),
             "items": {item.plan.name: {"weight": item.weight.clone(), **_copied(item.state)} for item in sync.items},
             "counters": {name: getattr(sync, name) for name in SYNC_COUNTERS},
             "steps": [optimizer.attempted_steps, optimizer.executed_steps],
         }
 
     def _heal(self, state: dict[str, Any]) -> None:
+        require_like(state.get("start"), self._start)
         self._load(state)
         self._healed = True
         for item in self._sync.items:  # gradients of weights that are no more
@@ -217,7 +221,8 @@ class _Undo:
         self.rows = self.sync.rows.mark()
         self.faults = self.sync.faults
         self.doubtful = self.faults.doubtful
-        self.left_out = list(self.faults.left_out), list(self.faults.left_out_in_a_row)
+        faults = self.faults
+        self.left_out = list(faults.left_out), list(faults.left_out_in_a_row), list(faults.as_outlier)
 
     def restore(self) -> None:
         for item, deferred in zip(self.sync.items, self.deferred, strict=True):
@@ -225,7 +230,7 @@ class _Undo:
         self.optimizer._executed_now = self.executed_now
         self.sync.rows.return_to(self.rows)
         self.faults.doubtful = self.doubtful
-        self.faults.left_out, self.faults.left_out_in_a_row = self.left_out
+        self.faults.left_out, self.faults.left_out_in_a_row, self.faults.as_outlier = self.left_out
 
 
 def _faults(optimizer: LoRDO, wire: QuorumWire) -> Faults:
@@ -251,6 +256,7 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
 
     Raises:
         ValueError: no LoRDO, or more than one rank.
+        ConfigError: the replicas that are there were started differently; they go on without this one.
     """
     engine = hook(trained)
     optimizer = trained if engine is None else engine.optimizer
@@ -272,7 +278,8 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
     sync.faults = _faults(optimizer, wire)
     for item in sync.items:  # one replica alone keeps none where it can do without
         item.state.setdefault("anchor", sync._place(item.weight))
-    membership = Membership(optimizer, manager, wire)
+    more = {} if engine is None else configuration_texts(engine.engine._config)
+    membership = Membership(optimizer, manager, wire, start_of_replica(optimizer.config, sync.items, more))
     optimizer._cross_replicas = membership.cross_replicas  # type: ignore[method-assign]
     optimizer.final_sync = membership.final_sync  # type: ignore[method-assign]
     executed = optimizer.executed_steps

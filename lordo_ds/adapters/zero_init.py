@@ -29,7 +29,8 @@ from torch import nn
 
 from lordo_ds.adapters.patching import MethodPatch
 from lordo_ds.adapters.replica_mpu import ReplicaMPU
-from lordo_ds.adapters.support import groups_of_replicas
+from lordo_ds.adapters.support import choose_device, groups_of_replicas
+from lordo_ds.dist.alike import Start, require_alike
 
 _INIT_PARAMETERS = ("self", "module", "data_parallel_group", "mem_efficient_linear", "remote_device", "pin_memory",
                     "config_dict_or_path", "config", "enabled", "dtype", "mpu")  # fmt: skip
@@ -48,7 +49,10 @@ def zero_init_group(config: dict[str, Any] | str, mpu: Any = None) -> dist.Proce
         deepspeed_comm.init_distributed(get_accelerator().communication_backend_name())
     block = config if isinstance(config, dict) else load_ds_config(config)
     params = (block.get("optimizer") or {}).get("params") or {}
-    return groups_of_replicas(params.get("replica_size", 1), mpu).shard
+    size = params.get("replica_size", 1)
+    choose_device()
+    require_alike(Start({"optimizer.params.replica_size": repr(size)}))  # all else is compared with the engine
+    return groups_of_replicas(size, mpu).shard
 
 
 def zero_init_patches(type_name: str, version: str) -> Iterator[MethodPatch]:

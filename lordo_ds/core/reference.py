@@ -28,6 +28,7 @@ class Reference:
         self.own_basis = self.M == 1 or config.projection == "local"
         self.doubtful: set[int] = set()
         self.executed = [0] * self.M
+        self.sizes_before: list[dict[str, float]] = [{} for _ in weights]
         self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
         self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
         self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
@@ -148,11 +149,13 @@ class Reference:
 
     def _sync(self, plan: SyncPlan, gradients: list[dict[str, Tensor] | None]) -> None:
         """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
-        self.executed = [max(self.executed)] * self.M
         # One replica with plain averaging keeps no anchor to return to.
         alone = self.M == 1 and self.config.outer.is_plain_average
         finite = [m for m in range(self.M) if alone or (self._is_finite(m) and m not in self.doubtful)]
         self.doubtful.clear()
+        if self.M > 1 and self.config.max_outlier != "never":
+            finite = self._near_each_other(finite, self.config.max_outlier)
+        self.executed = [max(self.executed)] * self.M
         if len(finite) < self.config.least_participants(self.M):
             finite = []
         for p in self.plans:
@@ -213,6 +216,38 @@ class Reference:
         for S in self.state[m].values():
             tensors += [S[key] for key in ("u", "v", "row", "col", "E") if key in S]
         return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+    def _near_each_other(self, finite: list[int], limit: float) -> list[int]:
+        """Those of which no size is more than `limit` times the others' median.
+
+        The others are those that executed at least as many steps; with one of them, its size or what the replica had
+        itself at its last sync, whichever is larger, is the measure.
+        """
+        sizes = {m: self._sizes(m) for m in finite}
+        near = []
+        for m in finite:
+            others = [j for j in finite if j != m and self.executed[j] >= self.executed[m]]
+            fits = True
+            for key, size in sizes[m].items():
+                measures = [sizes[j][key] for j in others if sizes[j][key] > 0]
+                if len(measures) == 1:
+                    measures.append(self.sizes_before[m].get(key, 0.0))
+                fits &= not measures or size <= limit * sorted(measures)[len(measures) // 2]
+            near += [m] * fits
+        for m in near:
+            self.sizes_before[m] |= {key: size for key, size in sizes[m].items() if size > 0}
+        return near
+
+    def _sizes(self, m: int) -> dict[str, float]:
+        """|D_m|, and the largest absolute value of D_m, the weights and each kind of state, of squares the root."""
+        D = torch.cat([(self.anchor[p.name] - self.weights[m][p.name]).flatten() for p in self.plans])
+        held: dict[str, list[Tensor]] = {"W": list(self.weights[m].values())}
+        for S in self.state[m].values():
+            for key in ("u", "v", "row", "col", "E"):
+                held.setdefault(key, []).append(S.get(key, torch.zeros(1)))
+        peaks = {key: max(float(t.abs().max()) for t in tensors) for key, tensors in held.items()}
+        roots = {key: peak**0.5 if key in ("v", "row", "col") else peak for key, peak in peaks.items()}
+        return {"D": float(D.norm()), "largest D": float(D.abs().max()), **roots}
 
     def _common_steps(self, p: ParameterPlan, finite: list[int]) -> None:
         """Every replica takes the largest t; its moments keep their bias-corrected values."""

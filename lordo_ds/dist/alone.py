@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lordo_ds.config import ConfigError
+from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts
 from lordo_ds.core.names import embedding_in
 from lordo_ds.core.steppable import refuse_shared_memory, refuse_unsteppable
+from lordo_ds.dist.alike import Start, require_alike, start_alone
 from lordo_ds.dist.checksum import checksum
 from lordo_ds.dist.equalise import equalise_untrained
 from lordo_ds.dist.groups import of_all_ranks, replica_groups
@@ -119,13 +120,37 @@ def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | 
     return flats
 
 
+def agreed_tensors(
+    config: LordoConfig, param_groups: Sequence[Mapping[str, Any]], model: GivenModel | None
+) -> list[FlatTensor]:
+    """`flat_tensors`, once all ranks were found to be started alike. Collective over all ranks where there are several.
+
+    Raises:
+        ConfigError: the same one on all ranks: a difference, or what one of them cannot step.
+    """
+    if not _several_ranks():
+        return flat_tensors(param_groups, model)
+    flats: list[FlatTensor] = []
+    try:
+        flats = flat_tensors(param_groups, model)
+        start = start_alone(config, param_groups, {id(flat.tensor): flat.pieces[0].facts.name for flat in flats})
+    except ConfigError as error:
+        start = Start(refusal=str(error))
+    require_alike(start)
+    return flats
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def replicas_of_torch(replica_size: int | str) -> tuple[ReplicaWire, InsideComm]:
     """Every `replica_size` ranks of torch.distributed are a replica. Collective over all ranks where there are several.
 
     Returns:
         Across replicas; and the ranks of this one, which are alike. One replica alone asks nobody.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _several_ranks():
         groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), replica_size, "replica_size"))
         if groups.layout.replica_count > 1:
             twins = InsideComm(groups.shard)

@@ -14,7 +14,10 @@ from lordo_ds.dist.wire import ReplicaWire, SyncError
 
 @dataclass
 class SyncReport:
-    """What one sync did, as a user would ask; energies and drift are averages over replicas."""
+    """What one sync did, as a user would ask; energies and drift are averages over replicas.
+
+    `outliers` are the replicas that were finite, but far from the others, and how far.
+    """
 
     step: int
     replicas: int
@@ -25,6 +28,7 @@ class SyncReport:
     overlap: float | None = None
     captured_gradient_energy: float | None = None
     returned_to_anchor: bool = False
+    outliers: dict[int, str] = field(default_factory=dict)
     basis_notes: dict[str, str] = field(default_factory=dict)
 
 

@@ -18,12 +18,14 @@ from lordo_ds.dist.bases import Bases
 from lordo_ds.dist.checksum import checksum
 from lordo_ds.dist.comm import Comm
 from lordo_ds.dist.copies import TensorCopies, TiedCopies, TiedWeight
-from lordo_ds.dist.faults import Faults
+from lordo_ds.dist.faults import Condition, Faults
 from lordo_ds.dist.fragment import Fragment
+from lordo_ds.dist.group_values import GroupValues
 from lordo_ds.dist.inside import InsideReplica
 from lordo_ds.dist.ledger import gather_bytes
 from lordo_ds.dist.moments import common_moments_, republish_
 from lordo_ds.dist.outer_step import OuterStep
+from lordo_ds.dist.outliers import SIZES
 from lordo_ds.dist.outside_changes import OutsideChanges
 from lordo_ds.dist.report import RowAverager, SyncReport
 from lordo_ds.dist.wire import ReplicaWire, SyncError
@@ -31,7 +33,9 @@ from lordo_ds.dist.wire import ReplicaWire, SyncError
 logger = logging.getLogger("lordo_ds")
 
 DEFAULT_BUCKET_NUMEL = 1 << 24  # elements of a shard reduced in one message; bounds the workspace of a sync
-_HEADER_FIELDS = 9  # step, rows, their length, finite, executed steps, executed now, basis checksum, outside changes
+# step, rows, their length, finite, executed steps, executed now, basis checksum, digest of the groups, outside changes
+# (two fields), sizes
+_HEADER_FIELDS = 10 + len(SIZES)
 _TRAILER_FIELDS = 4  # checksum, |D_m|^2, energy inside the basis, energy
 
 
@@ -55,6 +59,7 @@ class OuterSync:
         self.bases = Bases(config, items, wire, inside)
         self.faults = Faults(config, items, wire, inside)
         self.outside = OutsideChanges(items, wire, inside)
+        self.group_values = GroupValues(items, inside)
         self.outer_step = OuterStep(config, inside)
         self.tensor_copies, self.tied_copies = TensorCopies(items, inside.tensor), TiedCopies(items, tied)
         order = [self.items[i] for i in balanced_order([item.intervals for item in self.items])]
@@ -143,20 +148,20 @@ class OuterSync:
             SyncError: the replicas differ where they must not, or too few were finite too many times in a row.
         """
         began, sent_before = time.perf_counter(), self.wire.ledger.total_bytes
-        header = self._exchange_header(step, executed_steps, executed_now)
-        finite = header[:, 3].bool().tolist()
-        participants = self.faults.participants(finite, step)
-        report = self.last_report = SyncReport(step, self.wire.replicas, len(participants))
+        report = self.last_report = SyncReport(step, self.wire.replicas, 0)
+        header, fit = self._exchange_header(report, executed_steps, executed_now)
+        participants = self.faults.participants(fit, report)
+        report.participants = len(participants)
         self.rows.reduce(self.wire, self.inside, header[:, 1:3])
         common_executed = int(header[:, 4].max())
         if participants:
             self.nonfinite_syncs = 0
-            self.left_out_syncs += not all(finite)
-            shares: tuple[float, ...] = self._sync_participants(plan, step, header, participants)
+            self.left_out_syncs += len(participants) < self.wire.replicas
+            shares: tuple[float, ...] = self._sync_participants(plan, report, header, participants)
         else:
             shares = (0.0, 0.0, 0.0, 0.0)
             self.nonfinite_syncs += 1
-            self.faults.return_to_anchor_(report, sum(finite), self.nonfinite_syncs)
+            self.faults.return_to_anchor_(report, sum(fit), self.nonfinite_syncs)
         self.syncs += 1
         self.last_synced_step = step
         self._finish(plan, report, shares)
@@ -164,13 +169,18 @@ class OuterSync:
         report.bytes_sent = self.wire.ledger.total_bytes - sent_before
         return common_executed
 
-    def _exchange_header(self, step: int, executed_steps: int, executed_now: bool) -> Tensor:
+    def _exchange_header(
+        self, report: SyncReport, executed_steps: int, executed_now: bool
+    ) -> tuple[Tensor, list[bool]]:
+        """What every replica tells of itself; and which of them are finite and near the others."""
+        step = report.step
         # One replica that keeps no anchor has nothing to return to: like AdamW, it goes on.
         can_return = self.wire.replicas > 1 or not self.config.outer.is_plain_average
-        finite = not can_return or self.faults.replica_is_finite()
+        condition = self.faults.condition(self.group_values.digest()) if can_return else Condition()
         shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
-        fields = [step, *self.rows.shape, int(finite), executed_steps, int(executed_now), checksum(shared_bases)]
-        fields += self.outside.header_fields()
+        fields = [step, *self.rows.shape, int(condition.finite), executed_steps, int(executed_now)]
+        fields += [checksum(shared_bases), condition.groups, *self.outside.header_fields()]
+        fields += torch.tensor(condition.sizes, dtype=torch.float64).view(torch.int64).tolist()
         assert len(fields) == _HEADER_FIELDS
         header = self.wire.gather(
             self.inside.vector(fields + [item.step for bucket in self.buckets for item in bucket]), "header"
@@ -178,15 +188,18 @@ class OuterSync:
         self.wire.assert_same("step", header[:, 0])
         if self.wire.steps_alike:
             self.wire.assert_same("recorded rows", header[:, 1])
-        self.outside.check_header(header[:, 7:9], header[:, 3].bool().tolist(), step)
+        sizes = header[:, 10:_HEADER_FIELDS].contiguous().view(torch.float64).tolist()
+        fit = self.faults.fit(header[:, 3].bool().tolist(), sizes, header[:, 4].tolist(), report)
+        self.outside.check_header(header[:, 8:10], fit, step)
+        self.group_values.compare(self.wire, header[:, [4, 5, 7]], fit, step)
         if not bool((header[:, 6] == header[0, 6]).all()):
             raise SyncError(
                 f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
             )
-        return header
+        return header, fit
 
     def _sync_participants(
-        self, plan: SyncPlan, step: int, header: Tensor, participants: list[int]
+        self, plan: SyncPlan, report: SyncReport, header: Tensor, participants: list[int]
     ) -> tuple[float, ...]:
         """Returns this rank's share of what the report adds up: see `_finish`."""
         takes_part = self.wire.index in participants
@@ -207,7 +220,7 @@ class OuterSync:
                 matrix = self._basis_matrix(item, by_item, gives_gradient, takes_part)
                 if matrix is None:
                     continue
-                overlap = self.bases.refresh(item, matrix, step)
+                overlap = self.bases.refresh(item, matrix, report.step)
                 if overlap is not None and self.inside.tensor.index == 0:
                     overlaps = [overlaps[0] + overlap, overlaps[1] + 1.0]
             republish_(bucket, self.inside.shard)
@@ -215,7 +228,7 @@ class OuterSync:
                 self.tensor_copies.republish_(bucket)
         if self.wire.replicas > 1:
             self.tied_copies.republish_(moments=self.config.average_dense_moments)
-        self.faults.reseed_(participants, step)
+        self.faults.reseed_(participants, report)
         return own_norm, mean_norm, *overlaps
 
     def _mean_pseudo_gradients(

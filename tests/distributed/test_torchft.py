@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from lordo_ds import LoRDO, LordoConfig
+from lordo_ds import ConfigError, LoRDO, LordoConfig
 from lordo_ds.adapters.torchft import join_replicas
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
@@ -167,10 +167,11 @@ def train(
     steps: int = STEPS,
     each_step: Callable[[int], None] = lambda step: None,
     finished: Callable[[Any], None] = lambda optimizer: None,
+    **settings: Any,
 ) -> Story:
     """One replica's job."""
     named = [(name, torch.nn.Parameter(w)) for name, w in problems.initial_weights(DTYPE).items()]
-    optimizer = LoRDO(named, **SETTINGS)
+    optimizer = LoRDO(named, **{**SETTINGS, **settings})
     membership = join_replicas(optimizer, manager, group)
     story = Story()
     while membership.step < steps:
@@ -310,6 +311,27 @@ def test_a_replica_that_joins_in_a_sync_that_is_undone_does_not_count_in_its_rep
     assert sorted(found) == [0, 2] and found[0].sizes[6] == 2
     assert found[0].participants[6] == 1, "the one that joined has contributed nothing yet"
     assert found[0].participants[9] == 2
+
+
+def test_a_replica_that_was_started_differently_does_not_join_and_the_others_go_on() -> None:
+    world, stories = World({0, 1, 2}), {}
+
+    def with_word(replica: int, **settings: Any) -> Callable[[], str]:
+        def begin() -> str:
+            manager = FakeManager(world, replica)
+            try:
+                stories[replica] = train(manager, manager, replica, **settings)
+            except ConfigError as error:
+                world.leave(replica)
+                return str(error)
+            return ""
+
+        return begin
+
+    found = in_threads(world, {0: with_word(0), 1: with_word(1), 2: with_word(2, weight_decay=0.1)})
+    assert "optimizer.params.weight_decay is 0.1 here and 0.0 there" in found[2] and not found[0] + found[1]
+    assert stories[0].sizes[STEPS] == 2
+    assert_all_equal(stories)
 
 
 def test_an_error_that_no_replica_is_to_blame_for_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:

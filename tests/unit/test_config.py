@@ -96,6 +96,8 @@ ILLEGAL: list[tuple[dict[str, Any], str, Any]] = [
     ({"max_nonfinite_syncs": 0}, "max_nonfinite_syncs", 0),
     ({"max_left_out_syncs": 0}, "max_left_out_syncs", 0),
     ({"max_left_out_syncs": "nevr"}, "max_left_out_syncs", "nevr"),
+    ({"max_outlier": 1}, "max_outlier", 1),
+    ({"max_outlier": "nevr"}, "max_outlier", "nevr"),
     ({"min_participants": 0}, "min_participants", 0),
     ({"min_participants": "3/2"}, "min_participants", "3/2"),
     ({"min_participants": "half"}, "min_participants", "half"),
