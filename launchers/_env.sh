@@ -3,7 +3,7 @@
 # Sets ROOT (the repository), GPU_COUNT, and, without a GPU, DS_ACCELERATOR=cpu.
 # Reads  PYTHON      interpreter to make .venv with (default: the first fitting one on PATH)
 #        LORDO_VENV  another place for the environment (default: ROOT/.venv)
-#        LORDO_EXTRAS  pip extras to install (default: megatron,train; launchers/test.sh adds test)
+#        LORDO_EXTRAS  pip extras to install (default: megatron,train; launchers/test.sh adds test, .ci/run dev too)
 #        CUDA_VISIBLE_DEVICES  GPUs that are not in it do not count
 #        DS_ACCELERATOR=cpu    no GPU counts
 #
@@ -104,11 +104,11 @@ _stamp() {
   ) | sha256sum | cut -d ' ' -f 1
 }
 
-# An environment with the test packages, or a torch for GPUs, serves those who do not need them, too.
+# An environment with the packages for tests and development, or a torch for GPUs, serves those who do not need them.
 _is_ready() {
   local extras gpu
   [ -x "$VENV/bin/python" ] && [ -f "$VENV/lordo.stamp" ] || return 1
-  for extras in "$EXTRAS" "$EXTRAS,test"; do
+  for extras in "$EXTRAS" "$EXTRAS,test" "$EXTRAS,dev" "$EXTRAS,test,dev"; do
     for ((gpu = GPU_COUNT > 0; gpu <= 1; gpu++)); do
       if [ "$(_stamp "$extras" "$gpu")" = "$(cat "$VENV/lordo.stamp")" ]; then return; fi
     done

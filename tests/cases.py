@@ -42,6 +42,9 @@ class Found(Mapping[Case, list[Any]]):
             raise outcome.with_traceback(None)
         return list(outcome)
 
+    def __contains__(self, case: object) -> bool:
+        return case in self._outcomes
+
     def __iter__(self) -> Iterator[Case]:
         return iter(self._outcomes)
 

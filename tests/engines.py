@@ -60,6 +60,17 @@ def make_engine(config: dict[str, Any], model: nn.Module | None = None, **given:
     return deepspeed.initialize(model=model or GivenGradients(), config=config, **given)[0]
 
 
+def load_in_this_process() -> None:
+    """On a rank: DeepSpeed's loaders start no worker processes, two per rank."""
+    from deepspeed.runtime import engine as engine_module
+
+    class InThisProcess(engine_module.DeepSpeedDataLoader):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "num_local_io_workers": 0})
+
+    engine_module.DeepSpeedDataLoader = InThisProcess
+
+
 def train_step(engine: Any, step: int, dp_rank: int | None = None, spoil: float | None = None) -> float:
     """One step on the gradients of (step, replica); `spoil` multiplies them (inf and nan break the step)."""
     gradients = problems.gradients(step, dist.get_rank() if dp_rank is None else dp_rank, torch.float32)

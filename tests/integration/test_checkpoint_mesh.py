@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 import lordo_ds
 from lordo_ds.checkpoint import open_run
+from tests.cases import Found, run_cases
 from tests.engines import weights
 from tests.gpts import TIED, UNTIED, build_module, micro_batch, start_megatron
-from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
 
@@ -111,80 +111,102 @@ RESUMED: list[tuple[Layout, str]] = [
 ]
 
 
-def saved_and_resumed(folder: str) -> dict[str, bool]:
-    found = {}
-    for layout, model in RESUMED:
-        path = os.path.join(folder, label(layout, model))
-        straight = build(layout, model, seed=7)
-        for start, stop in ((1, 2), (3, 3), (4, 4), (5, END)):
-            train_to(straight, start, stop)
-            if stop < END:
-                straight.save_checkpoint(path)
-        expected = weights(straight)
-        straight.destroy()
-        for step in (2, 3, 4):  # before, at and after a sync
-            resumed = build(layout, model, seed=8)
-            resumed.load_checkpoint(path, f"global_step{step}")
-            train_to(resumed, step + 1, END)
-            now = weights(resumed)
-            found[f"{label(layout, model)} step {step}"] = all(torch.equal(now[name], expected[name]) for name in now)
-            resumed.destroy()
+RESUMED_LABELS = [label(*case) for case in RESUMED]
+
+
+def saved_and_resumed(path: str, layout: Layout, model: str) -> dict[int, bool]:
+    """By the step that it was resumed at: whether it ended in the same weights."""
+    straight, found = build(layout, model, seed=7), {}
+    for start, stop in ((1, 2), (3, 3), (4, 4), (5, END)):
+        train_to(straight, start, stop)
+        if stop < END:
+            straight.save_checkpoint(path)
+    expected = weights(straight)
+    straight.destroy()
+    for step in (2, 3, 4):  # before, at and after a sync
+        resumed = build(layout, model, seed=8)
+        resumed.load_checkpoint(path, f"global_step{step}")
+        train_to(resumed, step + 1, END)
+        now = weights(resumed)
+        found[step] = all(torch.equal(now[name], expected[name]) for name in now)
+        resumed.destroy()
     return found
 
 
-def test_resuming_is_bitwise_with_dropout(tmp_path: Path) -> None:
-    for found in run_ranks(saved_and_resumed, 2, str(tmp_path), timeout_s=280):
-        assert all(found.values()), [case for case, same in found.items() if not same]
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> Found[str]:
+    folder = tmp_path_factory.mktemp("resumed")
+    cases = {name: (str(folder / name), *case) for name, case in zip(RESUMED_LABELS, RESUMED, strict=True)}
+    return run_cases(saved_and_resumed, 2, cases, timeout_s=280)
+
+
+@pytest.mark.parametrize("case", RESUMED_LABELS)
+def test_resuming_is_bitwise_with_dropout(resumed: Found[str], case: str) -> None:
+    assert resumed[case] == [{2: True, 3: True, 4: True}] * 2
 
 
 # -- other meshes ------------------------------------------------------------------------------------
 
 SAVED: list[Layout] = [(2, 1, 1, 0, "fp32"), (1, 2, 1, 0, "fp32"), (1, 2, 1, 0, "bf16"), (1, 1, 2, 3, "fp32")]
 SAVED_MODELS = ("tied", "untied")
+ONE: Layout = (1, 1, 1, 0, "fp32")
 
 
-def save_all(folder: str, layouts: list[Layout]) -> dict[str, Any]:
-    found = {}
-    for layout in layouts:
-        for model in SAVED_MODELS:
-            engine = build(layout, model, seed=7)
-            name = label(layout, model)
-            for start, stop in ((1, SYNC), (SYNC + 1, BETWEEN)):
-                train_to(engine, start, stop)
-                engine.save_checkpoint(os.path.join(folder, name), client_state={"step": stop})
-                found[name, stop] = validation_loss(engine)
-            train_to(engine, BETWEEN + 1, END)
-            found[name, END] = validation_loss(engine)
-            engine.destroy()
+Saved = tuple[Path, Found[str], Found[str]]
+LoadCase = tuple[str, int, Layout]
+
+
+def save(path: str, layout: Layout, model: str) -> dict[int, float]:
+    """Validation losses by step."""
+    engine, found = build(layout, model, seed=7), {}
+    for start, stop in ((1, SYNC), (SYNC + 1, BETWEEN)):
+        train_to(engine, start, stop)
+        engine.save_checkpoint(path, client_state={"step": stop})
+        found[stop] = validation_loss(engine)
+    train_to(engine, BETWEEN + 1, END)
+    found[END] = validation_loss(engine)
+    engine.destroy()
     return found
 
 
-def load_all(folder: str, cases: list[tuple[str, int, Layout]]) -> dict[Any, tuple[float, float]]:
-    found = {}
-    for name, step, layout in cases:
-        engine = build(layout, name.split("-")[0], seed=8)
-        _, client = lordo_ds.load_checkpoint(engine, os.path.join(folder, name), f"global_step{step}", reshape=True)
-        assert client == {"step": step}
-        after = validation_loss(engine)
-        train_to(engine, step + 1, END)
-        found[name, step, layout] = after, validation_loss(engine)
-        engine.destroy()
+def load(folder: str, name: str, step: int, layout: Layout) -> tuple[float, float]:
+    """The validation losses after loading and at the end."""
+    engine = build(layout, name.split("-")[0], seed=8)
+    _, client = lordo_ds.load_checkpoint(engine, os.path.join(folder, name), f"global_step{step}", reshape=True)
+    assert client == {"step": step}
+    after = validation_loss(engine)
+    train_to(engine, step + 1, END)
+    found = after, validation_loss(engine)
+    engine.destroy()
     return found
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """The folder, and what was saved on two ranks and on one."""
     folder = tmp_path_factory.mktemp("meshes")
-    found = run_ranks(save_all, 2, str(folder), SAVED, timeout_s=280)[0]
-    found |= run_ranks(save_all, 1, str(folder), [(1, 1, 1, 0, "fp32")], timeout_s=120)[0]
-    return folder, found
+
+    def of(layouts: list[Layout], ranks: int) -> Found[str]:
+        pairs = [(layout, model) for layout in layouts for model in SAVED_MODELS]
+        return run_cases(save, ranks, {label(*pair): (str(folder / label(*pair)), *pair) for pair in pairs})
+
+    return folder, of(SAVED, 2), of([ONE], 1)
 
 
-def cases(step: int, pairs: list[tuple[Layout, Layout]]) -> list[tuple[str, int, Layout]]:
+@pytest.fixture(scope="module")
+def loaded_on_two(saved: Saved) -> Found[LoadCase]:
+    return run_cases(load, 2, {case: (str(saved[0]), *case) for case in TO_TWO}, timeout_s=280)
+
+
+@pytest.fixture(scope="module")
+def loaded_on_one(saved: Saved) -> Found[LoadCase]:
+    return run_cases(load, 1, {case: (str(saved[0]), *case) for case in TO_ONE}, timeout_s=200)
+
+
+def cases(step: int, pairs: list[tuple[Layout, Layout]]) -> list[LoadCase]:
     return [(label(theirs, model), step, ours) for theirs, ours in pairs for model in SAVED_MODELS]
 
 
-ONE = (1, 1, 1, 0, "fp32")
 TO_TWO = cases(
     BETWEEN,
     [
@@ -207,22 +229,31 @@ TO_ONE = cases(
 )
 
 
-def check(found: dict[Any, tuple[float, float]], saved: dict[str, Any]) -> None:
-    for (name, step, layout), (after, end) in found.items():
-        assert after == pytest.approx(saved[name, step], abs=1e-6), (name, layout)
-        assert end == pytest.approx(saved[name, END], abs=1e-4 if "fp32" in name else 1e-2), (name, layout)
+def load_case_id(case: LoadCase) -> str:
+    return f"{case[0]}-into-{label(case[2], '')[1:]}"
 
 
-def test_another_mesh_of_two_ranks_goes_on_from_it(saved: Any) -> None:
-    for found in run_ranks(load_all, 2, str(saved[0]), TO_TWO, timeout_s=280):
-        check(found, saved[1])
+def check(found: list[tuple[float, float]], saved: Saved, case: LoadCase) -> None:
+    name, step, _ = case
+    losses = next(of for of in saved[1:] if name in of)[name][0]
+    for after, end in found:
+        assert after == pytest.approx(losses[step], abs=1e-6)
+        assert end == pytest.approx(losses[END], abs=1e-4 if "fp32" in name else 1e-2)
 
 
-def test_one_rank_goes_on_from_it(saved: Any) -> None:
-    check(run_ranks(load_all, 1, str(saved[0]), TO_ONE, timeout_s=200)[0], saved[1])
+@pytest.mark.parametrize("case", TO_TWO, ids=load_case_id)
+def test_another_mesh_of_two_ranks_goes_on_from_it(
+    saved: Saved, loaded_on_two: Found[LoadCase], case: LoadCase
+) -> None:
+    check(loaded_on_two[case], saved, case)
 
 
-def test_a_mesh_is_read_whole_without_processes(saved: Any) -> None:
+@pytest.mark.parametrize("case", TO_ONE, ids=load_case_id)
+def test_one_rank_goes_on_from_it(saved: Saved, loaded_on_one: Found[LoadCase], case: LoadCase) -> None:
+    check(loaded_on_one[case], saved, case)
+
+
+def test_a_mesh_is_read_whole_without_processes(saved: Saved) -> None:
     """Tensor slices and stages put together are the parameters of one rank, up to the rounding of two trainings."""
     for model in SAVED_MODELS:
         one = open_run(saved[0] / label(ONE, model), f"global_step{BETWEEN}")

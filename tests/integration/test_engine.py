@@ -20,7 +20,7 @@ from lordo_ds.core.schedule import sync_plan
 from tests import problems
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
-from tests.engines import DTYPES, GivenGradients, make_engine, settings, train_step, weights
+from tests.engines import DTYPES, GivenGradients, load_in_this_process, make_engine, settings, train_step, weights
 from tests.ranks import RankFailedError, run_ranks
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.distributed]
@@ -208,6 +208,7 @@ class Numbers(torch.utils.data.Dataset[Any]):
 
 
 def samples_seen() -> list[list[int]]:
+    load_in_this_process()
     config = settings(train_micro_batch_size_per_gpu=2)
     _, _, loader, _ = deepspeed.initialize(model=GivenGradients(), config=config, training_data=Numbers())
     engine = make_engine(config)

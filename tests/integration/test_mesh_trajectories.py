@@ -18,10 +18,10 @@ from torch import Tensor
 
 import lordo_ds
 from megatron_patches.params import describe_model, whole
+from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import weights as weights_of
 from tests.gpts import TIED, UNTIED, build_module, micro_batch, start_megatron
-from tests.ranks import run_ranks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
 
@@ -39,7 +39,11 @@ STEPS, MICRO_BATCHES = 9, 2
 LORDO = {"lr": 0.02, "eps": 1e-2, "rank": 8, "sync_interval": 3, "preset": "recommended", "weight_decay": 0.01}
 
 
-def train(tensor: int, pipe: int, shards: int, stage: int, model: str, optimizer: dict[str, Any]) -> dict[str, Any]:
+Layout = tuple[int, int, int, int]
+"""Tensor-parallel size, pipeline stages, shards, ZeRO stage."""
+
+
+def train(tensor: int, pipe: int, shards: int, stage: int, model: str) -> dict[str, Any]:
     """What this rank saw: weights by name after every step (whole), gradient norms, reports, bytes."""
     import deepspeed
 
@@ -50,7 +54,7 @@ def train(tensor: int, pipe: int, shards: int, stage: int, model: str, optimizer
         "gradient_accumulation_steps": MICRO_BATCHES // shards,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "optimizer": {"type": "LoRDO", "params": {**LORDO, **optimizer, "replica_size": shards}},
+        "optimizer": {"type": "LoRDO", "params": {**LORDO, "replica_size": shards}},
         "steps_per_print": 10**9,
     }
     module, mpu = build_module(MODELS[model], torch.float32, pipe)
@@ -137,80 +141,73 @@ def _check_equal_inside(hook: Any) -> None:
         assert all(torch.equal(other[name], basis) for name, basis in mine.items())
 
 
-def trained(layouts: list[tuple[int, int, int, int]], **optimizer: Any) -> dict[str, Any]:
-    """Several layouts (tensor, pipe, shards, ZeRO stage) in one launch, both models."""
-    torch.set_num_threads(1)
-    return {
-        f"{model} TP{tensor} PP{pipe} shards {shards} stage {stage}": train(
-            tensor, pipe, shards, stage, model, optimizer
-        )
-        for tensor, pipe, shards, stage in layouts
-        for model in MODELS
-    }
-
-
-_REFERENCES: dict[tuple[int, str], list[dict[str, Any]]] = {}
-
-
-def reference(replicas: int, **optimizer: Any) -> list[dict[str, Any]]:
-    """The runs without model parallelism, one rank per replica, by replica."""
-    key = (replicas, repr(optimizer))
-    if key not in _REFERENCES:
-        _REFERENCES[key] = run_ranks(trained, replicas, [(1, 1, 1, 0)], timeout_s=240, **optimizer)
-    return _REFERENCES[key]
-
-
-def compare(replicas: int, layouts: list[tuple[int, int, int, int]], **optimizer: Any) -> None:
+@once
+def trained(replicas: int, *layouts: Layout) -> Found[tuple[str, Layout]]:
+    """Layouts of one size in one launch, both models."""
+    cases = {(model, layout): (*layout, model) for layout in layouts for model in MODELS}
     tensor, pipe, shards, _ = layouts[0]
-    expected = reference(replicas, **optimizer)
-    runs = run_ranks(trained, tensor * pipe * shards * replicas, layouts, timeout_s=240, **optimizer)
-    for rank, run in enumerate(runs):
-        for layout, found in run.items():
-            replica = rank % (tensor * shards * replicas) // (tensor * shards)
-            one = expected[replica][f"{layout.split()[0]} TP1 PP1 shards 1 stage 0"]
-            moved = one["weights"][-1]["decoder.final_layernorm.weight"] - 1.0
-            assert float(moved.abs().max()) > 0.01, "this run trains nothing"
-            for step, (mine, theirs) in enumerate(zip(found["weights"], one["weights"], strict=True), start=1):
-                scale = max(float(weight.abs().max()) for weight in theirs.values())
-                for name, weight in mine.items():
-                    error = float((weight - theirs[name]).abs().max()) / scale
-                    assert error < 1e-5, f"{layout} rank {rank} step {step} {name}: {error:.1e}"
-            assert found["norms"] == pytest.approx(one["norms"], rel=1e-4), layout
-            for key in ("drift", "overlap", "captured_gradient_energy"):
-                assert found["report"][key] == pytest.approx(one["report"][key], rel=1e-2, abs=1e-4), (layout, key)
-            _check_ledgers(found["status"], tensor, pipe, shards, replicas, layout)
-            for key in ("low_rank_parameters", "low_rank_elements", "dense_parameters", "dense_elements"):
-                assert found["status"][key] == one["status"][key], (layout, key)
-    _check_tied_copies(runs, tensor, pipe)
+    return run_cases(train, tensor * pipe * shards * replicas, cases, timeout_s=240)
 
 
-def _check_ledgers(status: dict[str, Any], tensor: int, pipe: int, shards: int, replicas: int, layout: str) -> None:
+def compare(replicas: int, layouts: list[Layout], model: str) -> None:
+    """With the runs without model parallelism, one rank per replica."""
+    found, expected = trained(replicas, *layouts), trained(replicas, (1, 1, 1, 0))[model, (1, 1, 1, 0)]
+    for layout in layouts:
+        _compare(found[model, layout], expected, replicas, layout, model)
+
+
+def _compare(
+    runs: list[dict[str, Any]], expected: list[dict[str, Any]], replicas: int, layout: Layout, model: str
+) -> None:
+    tensor, pipe, shards, _ = layout
+    for rank, found in enumerate(runs):
+        replica = rank % (tensor * shards * replicas) // (tensor * shards)
+        one = expected[replica]
+        moved = one["weights"][-1]["decoder.final_layernorm.weight"] - 1.0
+        assert float(moved.abs().max()) > 0.01, "this run trains nothing"
+        for step, (mine, theirs) in enumerate(zip(found["weights"], one["weights"], strict=True), start=1):
+            scale = max(float(weight.abs().max()) for weight in theirs.values())
+            for name, weight in mine.items():
+                error = float((weight - theirs[name]).abs().max()) / scale
+                assert error < 1e-5, f"{layout} rank {rank} step {step} {name}: {error:.1e}"
+        assert found["norms"] == pytest.approx(one["norms"], rel=1e-4), layout
+        for key in ("drift", "overlap", "captured_gradient_energy"):
+            assert found["report"][key] == pytest.approx(one["report"][key], rel=1e-2, abs=1e-4), (layout, key)
+        _check_ledgers(found["status"], replicas, layout, model)
+        for key in ("low_rank_parameters", "low_rank_elements", "dense_parameters", "dense_elements"):
+            assert found["status"][key] == one["status"][key], (layout, key)
+    if model == "tied":
+        _check_tied_copies(runs, pipe)
+
+
+def _check_ledgers(status: dict[str, Any], replicas: int, layout: Layout, model: str) -> None:
     """Bytes are counted for the group that they went to, and for no other."""
-    sent, sharded = status["bytes_inside"], shards > 1 and not layout.endswith("stage 0")
+    tensor, pipe, shards, stage = layout
+    sent, sharded = status["bytes_inside"], shards > 1 and stage > 0
     assert (sent["tensor"] > 0) == (tensor > 1)  # row sums of every step, refreshes
     assert (sent["shard"] > 0) == sharded
-    assert (sent["pipe"] > 0) == (pipe > 1 and layout.startswith("tied"))
+    assert (sent["pipe"] > 0) == (pipe > 1 and model == "tied")
     assert (sent["everyone"] > 0) == (tensor * pipe * shards > 1)
     assert (status["bytes_sent_total"] > 0) == (replicas > 1)
     assert status["tensor_parallel_size"] == tensor and status["pipeline_parallel_size"] == pipe
 
 
-def _check_tied_copies(runs: list[dict[str, Any]], tensor: int, pipe: int) -> None:
+def _check_tied_copies(runs: list[dict[str, Any]], pipe: int) -> None:
     """What two stages hold of the tied embedding is bitwise equal after every step."""
     per_stage = len(runs) // pipe
     for first, last in ((rank, rank + (pipe - 1) * per_stage) for rank in range(per_stage)):
-        for layout in (name for name in runs[first] if name.startswith("tied")):
-            for a, b in zip(runs[first][layout]["weights"], runs[last][layout]["weights"], strict=True):
-                name = "embedding.word_embeddings.weight"
-                assert torch.equal(a[name], b[name]), layout
+        for a, b in zip(runs[first]["weights"], runs[last]["weights"], strict=True):
+            name = "embedding.word_embeddings.weight"
+            assert torch.equal(a[name], b[name])
 
 
-def _name(value: int | list[tuple[int, int, int, int]]) -> str:
+def _name(value: int | list[Layout]) -> str:
     if isinstance(value, int):
         return f"{value}_replicas"
     return "TP{}-PP{}-shards{}".format(*value[0][:3])
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("replicas", "layouts"),
     [
@@ -227,12 +224,13 @@ def _name(value: int | list[tuple[int, int, int, int]]) -> str:
     ids=_name,
 )
 def test_every_layout_follows_the_run_without_model_parallelism(
-    replicas: int, layouts: list[tuple[int, int, int, int]]
+    replicas: int, layouts: list[Layout], model: str
 ) -> None:
-    compare(replicas, layouts)
+    compare(replicas, layouts, model)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("replicas", "layouts"),
     [
@@ -244,5 +242,5 @@ def test_every_layout_follows_the_run_without_model_parallelism(
     ],
     ids=_name,
 )
-def test_layouts_of_more_processes_follow_it_too(replicas: int, layouts: list[tuple[int, int, int, int]]) -> None:
-    compare(replicas, layouts)
+def test_layouts_of_more_processes_follow_it_too(replicas: int, layouts: list[Layout], model: str) -> None:
+    compare(replicas, layouts, model)

@@ -28,7 +28,7 @@ from lordo_ds.adapters.pipeline import ReplicaGrid, tied_copies
 from lordo_ds.core.schedule import sync_plan
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
-from tests.engines import DTYPES, make_engine, settings, weights
+from tests.engines import DTYPES, load_in_this_process, make_engine, settings, weights
 from tests.ranks import RankFailedError, run_ranks
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.distributed]
@@ -470,13 +470,7 @@ class Numbers(torch.utils.data.Dataset[Any]):
 
 
 def samples_read(replica_size: int, training_data: bool) -> dict[str, Any]:
-    from deepspeed.runtime import engine as engine_module
-
-    class InThisProcess(engine_module.DeepSpeedDataLoader):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "num_local_io_workers": 0})
-
-    engine_module.DeepSpeedDataLoader = InThisProcess  # its workers would be two more processes per rank
+    load_in_this_process()
     config = config_of(0, optimizer={"replica_size": replica_size})
     given = {"training_data": Numbers()} if training_data else {}
     engine, _, loader, _ = deepspeed.initialize(model=make_model("untied", 2), config=config, **given)

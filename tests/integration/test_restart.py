@@ -42,10 +42,11 @@ def wait_for_checkpoint(folder: Path, job: Job) -> None:
         time.sleep(0.01)
 
 
-def test_torchrun_brings_a_crashed_job_back_from_its_last_checkpoint(tmp_path: Path) -> None:
+def test_torchrun_brings_a_crashed_job_back_from_its_last_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Nobody said --resume; every row is that of a run without a crash."""
-    whole = Job.start("torchrun", script(tmp_path, "whole"), tmp_path / "whole.log")
-    assert whole.end(120) == 0, whole.text()
+    run_here(tmp_path, "whole", capsys=capsys)
     job = Job.start("torchrun --max-restarts=1", script(tmp_path, "crashed"), tmp_path / "crashed.log")
     wait_for_checkpoint(tmp_path / "crashed", job)
     os.kill(job.rank_pids()[1], signal.SIGKILL)

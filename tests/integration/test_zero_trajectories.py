@@ -13,12 +13,10 @@ import torch
 import torch.distributed as dist
 
 import lordo_ds
-from lordo_ds import LordoConfig
-from lordo_ds.core.grouping import plan_parameters
-from lordo_ds.core.reference import Reference
 from tests import problems
 from tests.cases import Found, once, run_cases
-from tests.engines import make_engine, settings, train_step
+from tests.engines import LORDO, make_engine, settings, train_step
+from tests.references import Trajectory, trajectory
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.distributed]
 
@@ -48,25 +46,25 @@ def zero(stage: int, **keys: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **keys}}
 
 
-def ladder(shards: int, stage: int, case: dict[str, Any], dtype: str = "fp32", **zero_keys: Any) -> dict[str, Any]:
+def expected(replicas: int, shards: int, case: dict[str, Any]) -> Trajectory:
+    return trajectory({**LORDO, **case}, problems.facts(), replicas, torch.float32, STEPS, shards)
+
+
+def ladder(
+    reference: Trajectory, shards: int, stage: int, case: dict[str, Any], dtype: str = "fp32", **zero_keys: Any
+) -> dict[str, Any]:
     """Largest distance to the reference, and a digest of the low-precision weights after every step.
 
     Distances are relative to each parameter's largest weight.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
+    replica = dist.get_rank() // shards
     config = settings(dtype, {**case, "replica_size": shards}, **zero(stage, **zero_keys))
     engine = make_engine(config)
-    parsed = LordoConfig.parse(config["optimizer"]["params"])
-    start = [problems.initial_weights(torch.float32) for _ in range(world // shards)]
-    reference = Reference(parsed, plan_parameters(parsed, problems.facts()), start)
     worst, digests = 0.0, []
     for step in range(1, STEPS + 1):
         train_step(engine, step)
-        each = [problems.gradients(step, r, torch.float32) for r in range(world)]
-        replicas = [each[m : m + shards] for m in range(0, world, shards)]
-        reference.step([{n: torch.stack([g[n] for g in gs]).mean(0) for n in gs[0]} for gs in replicas])
         for name, (at, found) in fragments_of(engine).items():
-            whole = reference.weights[rank // shards][name].flatten()
+            whole = reference[name][step - 1, replica].flatten()
             off = (found - whole[at : at + found.numel()]).abs()
             worst = max(worst, float(off.max() / whole.abs().max()) if found.numel() else 0.0)
         digests.append(low_precision_digest(engine))
@@ -86,7 +84,11 @@ def low_precision_digest(engine: Any) -> list[float]:
 
 @once
 def all_stages(replicas: int, shards: int) -> Found[tuple[str, int]]:
-    cases = {(name, stage): (shards, stage, case) for name, case in CASES.items() for stage in STAGES}
+    cases = {
+        (name, stage): (expected(replicas, shards, case), shards, stage, case)
+        for name, case in CASES.items()
+        for stage in STAGES
+    }
     return run_cases(ladder, replicas * shards, cases, timeout_s=240)
 
 
@@ -118,14 +120,14 @@ OPTIONS: dict[str, tuple[int, str, dict[str, Any]]] = {
 }
 
 
-def ladder_with(option: str) -> float:
+def ladder_with(reference: Trajectory, option: str) -> float:
     stage, dtype, keys = OPTIONS[option]
-    return float(ladder(2, stage, {}, dtype, **keys)["worst"])
+    return float(ladder(reference, 2, stage, {}, dtype, **keys)["worst"])
 
 
 @once
 def all_options() -> Found[str]:
-    return run_cases(ladder_with, 2, {option: (option,) for option in OPTIONS}, timeout_s=240)
+    return run_cases(ladder_with, 2, {option: (expected(1, 2, {}), option) for option in OPTIONS}, timeout_s=240)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
