@@ -39,7 +39,7 @@ def agree_on_start(
     if refusal:
         require_alike(Start(refusal=refusal))
     try:
-        parsed = LordoConfig.parse(settings)
+        parsed = LordoConfig.parse(settings, path="")
     except ConfigError as error:
         require_alike(Start(refusal=str(error)))
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import multiprocessing
 import os
 import queue
@@ -414,7 +415,9 @@ def _replica_job(
         if step == dies_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    results.put((replica, job(manager, group, replica, 120, each_step)))
+    story = io.BytesIO()
+    torch.save(job(manager, group, replica, 120, each_step), story)
+    results.put((replica, story.getvalue()))  # bytes: tensors would be fetched from this process, which may be gone
     time.sleep(1.0)
     manager.shutdown(wait=False)
     del store
@@ -442,11 +445,12 @@ def test_torchft_lets_a_replica_die_and_another_join_without_stopping_the_third(
         time.sleep(3.0)  # the survivor goes on alone once the other's heartbeat has run out
         jobs[2] = context.Process(target=_replica_job, args=(trains, 2, address, free_port(), 0, results))
         jobs[2].start()
-        found = dict(results.get(timeout=90) for _ in range(2))
+        stories = dict(results.get(timeout=90) for _ in range(2))
     finally:
         for job in jobs.values():
             job.kill()
         lighthouse.shutdown()
+    found = {m: torch.load(io.BytesIO(story), weights_only=False) for m, story in stories.items()}
     assert sorted(found) == [0, 2]
     assert_all_equal(found)
     assert set(found[0].sizes.values()) == {2, 1}, "alone in between"
