@@ -22,11 +22,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from _bench import clocked, gpu_count, peak, provenance, reset_peak, run_processes, seconds
-from _contender import BASELINES, PARTS, SYNC_INTERVAL, Contender, summary, table, take_the_busiest
-from _gpt import GptConfig, build_gpt, loss_sums
-from _launch import ArgumentParser, choose_device, dist_rank, one_line_errors, seed_everything, start_distributed
-from _launch import shut_down as leave_together
+from pretrain.gpt import GptConfig, build_gpt, loss_sums
+from pretrain.launch import (
+    ArgumentParser,
+    choose_device,
+    dist_rank,
+    one_line_errors,
+    seed_everything,
+    start_distributed,
+)
+from pretrain.launch import shut_down as leave_together
+from trials.bench import clocked, gpu_count, peak, provenance, reset_peak, run_processes, seconds
+from trials.contender import BASELINES, PARTS, SYNC_INTERVAL, Contender, summary, table, take_the_busiest
 
 RANK, SEED, LR = "1/8", 1234, 1e-4
 WARM_UP_STEPS = 3  # the first one finds the first basis
@@ -192,9 +199,9 @@ def timed_step(one: Contender, batch: dict[str, Any], with_clocks: bool) -> None
 def clocks(one: Contender, spent: Counter[str]) -> Iterator[None]:
     """Clock the base optimizer's step, the parts of LoRDO's, and its sync."""
     import lordo_ds.optimizer
-    from lordo_ds.dist import inner_step
-    from lordo_ds.dist.bases import Bases
-    from lordo_ds.dist.sync import OuterSync
+    from lordo_ds.replica import inner_step
+    from lordo_ds.replica.bases import Bases
+    from lordo_ds.sync.outer_sync import OuterSync
 
     places = [(kind, inner_step, name) for kind, names in PARTS.items() for name in names]
     places += [("dense AdamW", lordo_ds.optimizer, "adamw_step_"), ("optimizer", one.engine.basic_optimizer, "step")]

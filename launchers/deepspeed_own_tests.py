@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _deepspeed_tests_plugin import VARIABLE
-from _jobs import ROOT, circumstances
-from _machine import git
+
+from trials.deepspeed_tests_plugin import VARIABLE
+from trials.jobs import ROOT, circumstances
+from trials.machine import git
 
 HERE = Path(__file__).resolve().parent
 ADAM, LORDO = "Adam", "LoRDO"
@@ -146,7 +147,7 @@ def run_pytest(
         "GLOO_SOCKET_IFNAME": "lo",
     }
     command = [
-        *(sys.executable, "-m", "pytest", "-p", "_deepspeed_tests_plugin", "-p", "no:cacheprovider"),
+        *(sys.executable, "-m", "pytest", "-p", "trials.deepspeed_tests_plugin", "-p", "no:cacheprovider"),
         *("-q", "-W", "ignore", "--continue-on-collection-errors", "--tb=short", "--color=no"),
         *(f"--timeout={timeout_s:g}", f"@{written / 'chosen.txt'}"),
     ]

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "launchers")]
 # Before torch is imported, here and in the processes of the runs: one core each.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 # The server that the processes are forked from loads the modules below launchers once, and finds them only so.
-os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT), str(ROOT / "launchers"), os.environ.get("PYTHONPATH")])
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,10 +69,9 @@ def say(line: str) -> None:
 
 def run_grid(args: argparse.Namespace) -> int:
     """Run what is left; 1 where runs failed."""
-    from _experiment_grid import load_grid
-    from _experiment_pool import Pool, describe, estimate
-    from _experiment_results import read_rows
-
+    from lab.grid import load_grid
+    from lab.pool import Pool, describe, estimate
+    from lab.results import read_rows
     from lordo_ds.data.cache import locked
 
     everything = load_grid(args.grid, args.tier)
@@ -104,9 +104,9 @@ def run_grid(args: argparse.Namespace) -> int:
 
 def prepare_data(grid: object) -> None:
     """Tokenize once, before several processes want the same."""
-    from _experiment_data import open_text
-    from _experiment_grid import Grid
-    from _experiment_model import SIZES
+    from lab.data import open_text
+    from lab.grid import Grid
+    from lab.model import SIZES
 
     assert isinstance(grid, Grid)
     for vocab in {SIZES[spec.model].vocab for cell in grid.cells for spec in cell.specs.values()}:
@@ -115,8 +115,8 @@ def prepare_data(grid: object) -> None:
 
 def rows_of_today(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The results, with the claims that the grid file gives their cells now; a cell that has left it keeps its own."""
-    from _experiment_grid import load_grid
-    from _experiment_results import read_rows
+    from lab.grid import load_grid
+    from lab.results import read_rows
 
     path = args.output / "results.csv"
     rows = read_rows(path)
@@ -130,10 +130,10 @@ def report(args: argparse.Namespace) -> int:
     """Tables and plots from the CSV alone."""
     import shutil
 
-    from _experiment_grid import load_document
-    from _experiment_report import write_report
-    from _experiment_results import write_rows
-    from _experiment_tasks import read_tasks
+    from lab.grid import load_document
+    from lab.report import write_report
+    from lab.results import write_rows
+    from lab.tasks import read_tasks
 
     rows = rows_of_today(args)
     history = args.output / "command.txt"
@@ -151,8 +151,8 @@ def report(args: argparse.Namespace) -> int:
 
 def tasks(args: argparse.Namespace) -> int:
     """Held-out tasks for the runs at the chosen learning rates; 1 where one did not repeat itself."""
-    from _experiment_summary import lines_of
-    from _experiment_tasks import run_tasks
+    from lab.summary import lines_of
+    from lab.tasks import run_tasks
 
     chosen = [row for line in lines_of(rows_of_today(args), args.tasks) for row in line.rows.values()]
     if not chosen:
@@ -164,9 +164,9 @@ def tasks(args: argparse.Namespace) -> int:
 
 def rerun(args: argparse.Namespace) -> int:
     """One row again; 0 where every repeated number is equal."""
-    from _experiment_results import REPEATED, code_digest, read_rows
-    from _experiment_run import execute
-    from _experiment_spec import RunSpec
+    from lab.results import REPEATED, code_digest, read_rows
+    from lab.run import execute
+    from lab.spec import RunSpec
 
     path = args.output / "results.csv"
     row = next((row for row in read_rows(path) if row["id"] == args.rerun), None)

@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from _jobs import ROOT, Job, circumstances, fresh_folder, metrics, write_settings
+from trials.jobs import ROOT, Job, circumstances, fresh_folder, metrics, write_settings
 
 SAVE_INTERVAL, SYNC_TIMEOUT_S = 10, 5.0
 HUNG_AFTER_S = 120.0

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _engine import PipelineTrainer, PlainTrainer, build_trainer, half_precision
-from _gpt import GptConfig
-from _launch import (
+from pretrain.engine import PipelineTrainer, PlainTrainer, build_trainer, half_precision
+from pretrain.gpt import GptConfig
+from pretrain.launch import (
     ArgumentParser,
     check_equal_on_all_ranks,
     choose_device,
@@ -33,11 +33,11 @@ from _launch import (
     shut_down,
     start_distributed,
 )
-from _output_dir import check_claim, claimed
-from _parallel import check_parallel_sizes, elements_here, elements_in_all
-from _restart import RESUME_CHOICES, drop_saves, load_checkpoint, saves_up_to, write_rows_that_nobody_averages
-from _run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
-from _text import (
+from pretrain.output_dir import check_claim, claimed
+from pretrain.parallel import check_parallel_sizes, elements_here, elements_in_all
+from pretrain.restart import RESUME_CHOICES, drop_saves, load_checkpoint, saves_up_to, write_rows_that_nobody_averages
+from pretrain.run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
+from pretrain.text import (
     BatchShape,
     SampleOrder,
     Samples,
@@ -178,9 +178,9 @@ def build_job(
     claim: Any,
 ) -> Job:
     """The engine, from scratch or from its checkpoint, and all else."""
+    from lordo_ds.comm.agreement import agreed
+    from lordo_ds.comm.ledger import data_parallel_bytes
     from lordo_ds.data import unigram_entropy
-    from lordo_ds.dist.agreement import agreed
-    from lordo_ds.dist.ledger import data_parallel_bytes
 
     train, valid, held_out = datasets
     trainer, hook, group = build_trainer(model_config, config, args.seed)
@@ -284,7 +284,7 @@ def evaluate(job: Job) -> float:
     """Mean validation loss, each rank with its weights on its part of the samples; noted in the last row."""
     import torch.distributed as dist
 
-    from lordo_ds.dist.ledger import reduction_bytes
+    from lordo_ds.comm.ledger import reduction_bytes
 
     samples = min(job.args.eval_samples, len(job.valid))
     batches = validation_batches(job.valid, samples, job.shape, job.trainer.engine.device)

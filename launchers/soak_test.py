@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _faulty_gpt import SLOW_S
-from _jobs import RANKS, ROOT, Job, circumstances, fresh_folder, metrics, write_settings
+from trials.faulty_gpt import SLOW_S
+from trials.jobs import RANKS, ROOT, Job, circumstances, fresh_folder, metrics, write_settings
 
 CLEAN_SEEDS = (1, 2, 3)
 SETTLED_STEP = 100  # memory is compared from here on, in each process
@@ -88,7 +88,8 @@ def draw_faults(steps: int, draw: random.Random) -> dict[str, list[list[int]]]:
 def train(args: argparse.Namespace, options: list[str], name: str, seed: int, faults: dict[str, Any]) -> Run:
     folder = args.work_dir / re.sub(r"\W+", "_", name)
     notes = fresh_folder(folder / "memory")
-    script = [str(ROOT / "launchers" / "_faulty_gpt.py"), *options, "--output-dir", str(folder), "--eval-interval", "0"]
+    script = [str(ROOT / "launchers" / "trials" / "faulty_gpt.py"), *options, "--output-dir", str(folder)]
+    script += ["--eval-interval", "0"]
     script += ["--train-steps", str(args.steps), "--save-interval", "100", "--seed", str(seed), "--resume", "auto"]
     began = time.monotonic()
     environment = {"LORDO_FAULTS": json.dumps(faults), "LORDO_MEMORY": str(notes)}

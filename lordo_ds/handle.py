@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lordo_ds.dist.groups import ReplicaGroups
-from lordo_ds.dist.start_table import RunShape
+from lordo_ds.comm.groups import ReplicaGroups
 from lordo_ds.optimizer import LoRDO
+from lordo_ds.start_table import RunShape
 
 
 class RunHandle:

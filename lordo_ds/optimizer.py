@@ -11,8 +11,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lordo_ds.alone import (
+    agreed_tensors,
+    dist_rank,
+    equalise_model,
+    given_model,
+    replicas_of_torch,
+    shape_alone,
+    warn_of_equal_gradients,
+    warn_of_missing_names,
+)
 from lordo_ds.checkpoint.finite import not_finite
-from lordo_ds.checkpoint.layout import (
+from lordo_ds.checkpoint.header import (
     OWN_FILE_HINT,
     STATE_FORMAT,
     CheckpointError,
@@ -23,6 +33,10 @@ from lordo_ds.checkpoint.layout import (
     Mesh,
     refuse_differences,
 )
+from lordo_ds.comm.agreement import agreed, reseeded_later
+from lordo_ds.comm.inside import InsideReplica
+from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.comm.wrapped import refuse_wrappers
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor, bucket_bounds
@@ -30,30 +44,16 @@ from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameter
 from lordo_ds.core.inner import StepSettings, adamw_step_, decay_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
-from lordo_ds.dist.agreement import agreed, reseeded_later
-from lordo_ds.dist.alone import (
-    agreed_tensors,
-    dist_rank,
-    equalise_model,
-    given_model,
-    replicas_of_torch,
-    shape_alone,
-    warn_of_equal_gradients,
-    warn_of_missing_names,
-)
-from lordo_ds.dist.copies import TiedWeight
-from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.inner_step import step_fragments_
-from lordo_ds.dist.inside import InsideReplica
-from lordo_ds.dist.made_up_step import only_makes_state
-from lordo_ds.dist.model_size import ModelSize, model_size
-from lordo_ds.dist.report import SyncReport
-from lordo_ds.dist.start_table import show_messages, start_table
-from lordo_ds.dist.sync import OuterSync
-from lordo_ds.dist.unwatched import Unwatched
-from lordo_ds.dist.watchdog import watch_ranks
-from lordo_ds.dist.wire import ReplicaWire
-from lordo_ds.dist.wrapped import refuse_wrappers
+from lordo_ds.replica.copies import TiedWeight
+from lordo_ds.replica.fragment import Fragment
+from lordo_ds.replica.inner_step import step_fragments_
+from lordo_ds.replica.model_size import ModelSize, model_size
+from lordo_ds.start_table import show_messages, start_table
+from lordo_ds.sync.made_up_step import only_makes_state
+from lordo_ds.sync.outer_sync import OuterSync
+from lordo_ds.sync.report import SyncReport
+from lordo_ds.watch.unwatched import Unwatched
+from lordo_ds.watch.watchdog import watch_ranks
 
 logger = logging.getLogger("lordo_ds")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from lordo_ds.dist.alone import shape_alone
-from lordo_ds.dist.ledger import data_parallel_bytes
-from lordo_ds.dist.start_table import RunShape, border_copy_bytes, start_table, state_bytes
-from lordo_ds.dist.sync import OuterSync
+from lordo_ds.alone import shape_alone
+from lordo_ds.comm.ledger import data_parallel_bytes
 from lordo_ds.handle import RunHandle
 from lordo_ds.optimizer import LoRDO
+from lordo_ds.start_table import RunShape, border_copy_bytes, start_table, state_bytes
+from lordo_ds.sync.outer_sync import OuterSync
 
 
 def bytes_inside(sync: OuterSync) -> dict[str, int]:

@@ -25,10 +25,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from lordo_ds.comm.groups import ReplicaGroups, replica_groups
+from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.config import ConfigError
-from lordo_ds.dist.alike import Start, require_alike
-from lordo_ds.dist.groups import ReplicaGroups, replica_groups
-from lordo_ds.dist.nodes import layout_of_replicas
+from lordo_ds.sync.alike import Start, require_alike
 from megatron_patches.versions import MegatronMismatchError, require_parameters, require_supported_version
 
 # Of `parallel_state`: what becomes the replica's group, its ranks, and what no replica has (its getters then refuse).

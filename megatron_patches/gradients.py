@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lordo_ds.dist.ledger import ByteLedger, reduction_bytes
+from lordo_ds.comm.ledger import ByteLedger, reduction_bytes
 from megatron_patches.params import MegatronParameter, describe_model
 from megatron_patches.versions import require_parameters, require_supported_version
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lordo_ds.dist.ledger import data_parallel_bytes
-from lordo_ds.dist.start_table import show_messages
+from lordo_ds.comm.ledger import data_parallel_bytes
 from lordo_ds.handle import RunHandle
 from lordo_ds.optimizer import LoRDO
+from lordo_ds.start_table import show_messages
 from lordo_ds.status import describe_start, status_of
 from megatron_patches.ddp import Replicas
 

@@ -21,15 +21,15 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
+from lordo_ds.comm.equalise import equalise_untrained
+from lordo_ds.comm.inside import InsideComm, InsideReplica
+from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import ConfigError
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, model_facts
-from lordo_ds.dist.copies import TiedWeight
-from lordo_ds.dist.equalise import equalise_untrained
-from lordo_ds.dist.inside import InsideComm, InsideReplica
-from lordo_ds.dist.model_copy import checked_model, whole_copy
-from lordo_ds.dist.wire import ReplicaWire
 from lordo_ds.optimizer import LoRDO
+from lordo_ds.replica.copies import TiedWeight
+from lordo_ds.replica.model_copy import checked_model, whole_copy
 from megatron_patches.ddp import Replicas
 from megatron_patches.handle import TrainingHandle
 from megatron_patches.samples import SampleCheck

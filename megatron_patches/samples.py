@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lordo_ds.dist.checksum import checksum
-from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.comm.checksum import checksum
+from lordo_ds.comm.wire import ReplicaWire
 
 logger = logging.getLogger("lordo_ds")
 

@@ -12,7 +12,7 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from lordo_ds.config import ConfigError, LordoConfig
-from lordo_ds.dist.alike import (
+from lordo_ds.sync.alike import (
     Start,
     Texts,
     flat_texts,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +11,7 @@ from torch import Tensor
 from megatron_patches import cpu
 from megatron_patches.gradients import sum_partial_gradients
 from megatron_patches.mpu import MegatronMPU
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "launchers"))
-
-from _gpt import GptConfig, build_gpt
+from pretrain.gpt import GptConfig, build_gpt
 
 TIED = GptConfig(
     num_layers=2,
@@ -56,7 +51,7 @@ def start_megatron(tensor: int = 1, pipe: int = 1, seed: int = 7) -> None:
 def build_module(model: GptConfig, dtype: torch.dtype, pipe: int) -> tuple[Any, Any]:
     """The model for `deepspeed.initialize`, and the mpu that goes with it."""
     if pipe > 1:
-        from _gpt_pipe import GPTModelPipe
+        from pretrain.gpt_pipe import GPTModelPipe
 
         module, mpu = GPTModelPipe(model, dtype), None
     else:

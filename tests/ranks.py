@@ -161,7 +161,7 @@ def run_ranks(
 
 def _ensure_server() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preload"])
-    python_path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    python_path = os.pathsep.join(filter(None, [str(_ROOT), str(_ROOT / "launchers"), os.environ.get("PYTHONPATH")]))
     with _environment({**_QUIET_ENV, "DS_ACCELERATOR": "cpu", "PYTHONPATH": python_path}):
         forkserver.ensure_running()
 

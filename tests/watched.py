@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from lordo_ds import LoRDO
-from lordo_ds.dist.watchdog import EXIT_CODE
+from lordo_ds.watch.watchdog import EXIT_CODE
 from tests import ranks as harness
 
 WORLD, TIMEOUT_S, FAULT_STEP, STEPS = 3, 2.0, 5, 8

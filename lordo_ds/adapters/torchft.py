@@ -26,14 +26,14 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
-from lordo_ds.adapters.hook import hook
-from lordo_ds.adapters.start import configuration_texts
+from lordo_ds.adapters.deepspeed.hook import hook
+from lordo_ds.adapters.deepspeed.start import configuration_texts
+from lordo_ds.comm.wire import ReplicaWire, SyncError
 from lordo_ds.core.schedule import sync_plan
-from lordo_ds.dist.alike import Start, require_like, start_of_replica
-from lordo_ds.dist.faults import Faults
-from lordo_ds.dist.sync import OuterSync
-from lordo_ds.dist.wire import ReplicaWire, SyncError
 from lordo_ds.optimizer import SYNC_COUNTERS, LoRDO
+from lordo_ds.sync.alike import Start, require_like, start_of_replica
+from lordo_ds.sync.faults import Faults
+from lordo_ds.sync.outer_sync import OuterSync
 
 logger = logging.getLogger("lordo_ds")
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lordo_ds.checkpoint.layout import CheckpointError, FragmentLayout, Header, Mesh, Untrained
+from lordo_ds.checkpoint.header import CheckpointError, FragmentLayout, Header, Mesh, Untrained
 
 
 def check_header(header: Header, where: str) -> None:

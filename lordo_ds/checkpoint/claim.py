@@ -16,7 +16,7 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lordo_ds.checkpoint.layout import CheckpointError
+from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.disk import part_of
 
 BEAT_S = 5.0

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from lordo_ds.checkpoint.layout import CheckpointError, check_format
+from lordo_ds.checkpoint.header import CheckpointError, check_format
 from lordo_ds.disk import old_of, part_of, write_text
 
 COMPLETE = "complete.json"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.layout import CheckpointError
+from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.checkpoint.run import SavedParameter
 
 # Of Megatron-core's TransformerConfig and GPTModel, which the training script leaves as they are.

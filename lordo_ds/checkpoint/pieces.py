@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lordo_ds.checkpoint.bounds import is_held
-from lordo_ds.checkpoint.layout import LARGEST, CheckpointError, FragmentLayout
+from lordo_ds.checkpoint.header import LARGEST, CheckpointError, FragmentLayout
 from lordo_ds.core.fragments import Interval, MatrixShards
 from lordo_ds.core.slices import cut_slice, join_slices
 

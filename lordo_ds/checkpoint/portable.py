@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lordo_ds.checkpoint.files import read_complete, read_json, read_saved
 from lordo_ds.checkpoint.folders import recover_folder, whole_folder
-from lordo_ds.checkpoint.layout import (
+from lordo_ds.checkpoint.header import (
     CheckpointError,
     Counters,
     FragmentLayout,

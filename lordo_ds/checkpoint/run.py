@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lordo_ds.checkpoint.layout import Counters
+from lordo_ds.checkpoint.header import Counters
 from lordo_ds.checkpoint.pieces import State
 
 

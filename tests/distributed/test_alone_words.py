@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import lordo_ds
 from lordo_ds import LoRDO
-from lordo_ds.adapters.registration import build_for_engine
+from lordo_ds.adapters.deepspeed.registration import build_for_engine
 from tests.ranks import run_ranks
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "rank": 2, "sync_interval": 2}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,12 +14,9 @@ from megatron_patches import cpu
 from megatron_patches.gradients import sum_partial_gradients
 from megatron_patches.mpu import MegatronMPU
 from megatron_patches.params import describe, describe_model, whole
+from pretrain.gpt import GptConfig, build_gpt, loss_sums
 from tests.gpts import start_megatron
 from tests.ranks import run_ranks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _gpt import GptConfig, build_gpt, loss_sums
 
 pytestmark = [
     pytest.mark.distributed,

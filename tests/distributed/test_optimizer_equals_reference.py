@@ -81,7 +81,7 @@ def largest_difference(expected: Trajectory, name: str, dtype: torch.dtype) -> f
 
 
 def _rebucket(optimizer: LoRDO, bucket_numel: int) -> None:
-    from lordo_ds.dist.sync import OuterSync
+    from lordo_ds.sync.outer_sync import OuterSync
 
     optimizer._attach_alone()
     old = optimizer.sync

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lordo_ds import LoRDO, LordoConfig
+from lordo_ds.comm.wire import SyncError
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
-from lordo_ds.dist.outliers import SIZES, far_from_others
-from lordo_ds.dist.wire import SyncError
+from lordo_ds.sync.outliers import SIZES, far_from_others
 from tests import problems
 from tests.distributed.test_faults_follow_the_reference import drawn_settings
 from tests.ranks import run_ranks
@@ -268,7 +268,7 @@ def test_all_ranks_of_a_replica_agree_that_one_of_them_was_hit() -> None:
 def test_sizes_are_taken_without_a_copy_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from lordo_ds.dist import outliers
+    from lordo_ds.sync import outliers
 
     class Largest(TorchDispatchMode):
         """The largest tensor that any operation made."""

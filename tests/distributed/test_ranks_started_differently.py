@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lordo_ds import ConfigError, LoRDO
-from lordo_ds.dist import alike
+from lordo_ds.sync import alike
 from tests import engines
 from tests.ranks import run_ranks
 

@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lordo_ds import LoRDO, LordoConfig
+from lordo_ds.comm.groups import ReplicaGroups, replica_groups
+from lordo_ds.comm.inside import InsideComm, InsideReplica
+from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.fragments import FlatTensor, Piece
 from lordo_ds.core.grouping import ParameterFacts
 from lordo_ds.core.mesh import replica_layout
 from lordo_ds.core.outer import orthogonalized
-from lordo_ds.dist import outer_step
-from lordo_ds.dist.groups import ReplicaGroups, replica_groups
-from lordo_ds.dist.inside import InsideComm, InsideReplica
-from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.sync import outer_step
 from tests import problems
 from tests.cases import Found, once, run_cases
 from tests.ranks import run_ranks

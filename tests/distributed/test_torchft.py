@@ -336,7 +336,7 @@ def test_a_replica_that_was_started_differently_does_not_join_and_the_others_go_
 
 
 def test_an_error_that_no_replica_is_to_blame_for_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lordo_ds.dist import sync
+    from lordo_ds.sync import outer_sync as sync
 
     def fails(*_: Any) -> None:
         raise torch.linalg.LinAlgError("did not converge")

@@ -339,7 +339,7 @@ def test_names_are_printed_as_text(saved: Any, tmp_path: Path, capsys: pytest.Ca
 
 def save_and_die(folder: str, at: str) -> None:
     """Save a first time, then again, and end without warning on the way."""
-    from lordo_ds.adapters import saving
+    from lordo_ds.adapters.deepspeed import saving
 
     engine = engine_of()
     for step in range(1, 5):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,10 @@ import torch.distributed as dist
 
 import lordo_ds
 from lordo_ds.checkpoint import open_run
+from pretrain.gpt import loss_sums
 from tests.cases import Found, run_cases
 from tests.engines import weights
 from tests.gpts import TIED, UNTIED, build_module, micro_batch, start_megatron
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _gpt import loss_sums
 
 pytestmark = [
     pytest.mark.deepspeed,

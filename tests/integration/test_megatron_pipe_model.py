@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +12,9 @@ from torch import Tensor
 
 from megatron_patches.gradients import sum_partial_gradients
 from megatron_patches.params import describe, shard_of
+from pretrain.gpt import GptConfig, build_gpt, loss_sums
 from tests.gpts import start_megatron
 from tests.ranks import run_ranks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _gpt import GptConfig, build_gpt, loss_sums
 
 pytestmark = [
     pytest.mark.deepspeed,
@@ -94,8 +89,9 @@ def step_in_one_piece(config: GptConfig, seeds: range) -> tuple[dict[str, Tensor
 
 def pipe_equals_one_piece(tensor: int, pipe: int, variants: list[str]) -> None:
     import deepspeed
-    from _gpt_pipe import GPTModelPipe
     from megatron.core import parallel_state
+
+    from pretrain.gpt_pipe import GPTModelPipe
 
     for variant in variants:
         config = VARIANTS[variant]
@@ -144,7 +140,8 @@ def test_four_stages_and_two_stages_twice_do_too() -> None:
 
 def train_with_dropout(recompute: bool, keys: dict[str, Any]) -> list[float]:
     import deepspeed
-    from _gpt_pipe import GPTModelPipe
+
+    from pretrain.gpt_pipe import GPTModelPipe
 
     start(2, 2)
     model = GPTModelPipe(replace(BASE, dropout=0.2, recompute=recompute), torch.float32)

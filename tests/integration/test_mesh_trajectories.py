@@ -7,8 +7,6 @@ is ill-conditioned: an eps of the size of the gradients keeps the comparison one
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,14 +16,11 @@ from torch import Tensor
 
 import lordo_ds
 from megatron_patches.params import describe_model, whole
+from pretrain.gpt import loss_sums
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import weights as weights_of
 from tests.gpts import TIED, UNTIED, build_module, micro_batch, start_megatron
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _gpt import loss_sums
 
 pytestmark = [
     pytest.mark.deepspeed,

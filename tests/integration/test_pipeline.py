@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import lordo_ds
 from lordo_ds import ConfigError
-from lordo_ds.adapters import registration
-from lordo_ds.adapters.pipeline import ReplicaGrid, tied_copies
+from lordo_ds.adapters.deepspeed import registration
+from lordo_ds.adapters.deepspeed.pipeline import ReplicaGrid, tied_copies
 from lordo_ds.core.schedule import sync_plan
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter

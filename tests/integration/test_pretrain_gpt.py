@@ -94,7 +94,8 @@ def mistake_of(home: str, argv: list[str]) -> str:
     """The line that a user reads."""
     _enter(home, argv)
     import pretrain_gpt
-    from _launch import one_line
+
+    from pretrain.launch import one_line
 
     try:
         pretrain_gpt.set_up(pretrain_gpt.parse_arguments())
@@ -105,7 +106,6 @@ def mistake_of(home: str, argv: list[str]) -> str:
 
 def _enter(home: str, argv: list[str]) -> None:
     os.environ["LORDO_CACHE"] = str(Path(home) / "cache")
-    sys.path.insert(0, str(LAUNCHERS))
     sys.argv = ["pretrain_gpt.py", *argv]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lordo_ds
 from lordo_ds import CheckpointError, ConfigError
-from lordo_ds.adapters.zero_init import zero_init_group
+from lordo_ds.adapters.deepspeed.zero_init import zero_init_group
 from tests import problems
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
@@ -111,7 +111,7 @@ def test_only_the_sync_crosses_replicas(stage: int, dtype: str) -> None:
         for step, callers in enumerate(found["crossing"], start=1):
             # Step 1 ends in the first basis; the sync interval is 3.
             assert bool(callers) == (step == 1 or step % 3 == 0), f"step {step}: {callers}"
-            assert all("/lordo_ds/dist/" in caller for caller in callers), f"step {step}: {callers}"
+            assert all("/lordo_ds/sync/" in caller for caller in callers), f"step {step}: {callers}"
 
 
 def plain_average(stage: int, dtype: str) -> dict[str, Tensor]:

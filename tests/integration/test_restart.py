@@ -14,10 +14,8 @@ import pytest
 import torch.distributed as dist
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
-sys.path.insert(0, str(LAUNCHERS))
-from _jobs import Job, metrics, write_settings  # noqa: E402
-
 from tests.ranks import run_ranks  # noqa: E402
+from trials.jobs import Job, metrics, write_settings  # noqa: E402
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.megatron, pytest.mark.distributed, pytest.mark.timeout(280)]
 
@@ -115,9 +113,8 @@ def test_older_saves_than_asked_for_are_deleted_but_not_those_of_another_run(
 
 
 def claim_output(folder: str) -> list[str]:
-    from _output_dir import claimed
-
     from lordo_ds.adapters import shared_folder
+    from pretrain.output_dir import claimed
 
     shared_folder.SEEN_WITHIN_S = 0.3
     os.environ["RANK"] = str(dist.get_rank())

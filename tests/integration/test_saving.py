@@ -138,7 +138,8 @@ def test_a_save_replaces_and_removes_nothing_but_saves(tmp_path: Path) -> None:
 
 
 def save_apart(folder: str) -> list[str]:
-    from lordo_ds.adapters import saving, shared_folder
+    from lordo_ds.adapters import shared_folder
+    from lordo_ds.adapters.deepspeed import saving
 
     shared_folder.SEEN_WITHIN_S = 0.3
     engine, rank, said = engine_of(), dist.get_rank(), []

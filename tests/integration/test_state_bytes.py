@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -30,8 +29,7 @@ class GptShapes(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sys.path.insert(0, str(ROOT / "launchers"))
-        from _gpt import GptConfig
+        from pretrain.gpt import GptConfig
 
         config = GptConfig.from_yaml(ROOT / "configs" / "model" / "gpt_16m.yaml")
         hidden, ffn = config.hidden_size, config.ffn_hidden_size

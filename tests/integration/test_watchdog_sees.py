@@ -22,10 +22,10 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 import lordo_ds
-from lordo_ds.dist import watchdog
-from lordo_ds.dist.heartbeat import Heartbeat
-from lordo_ds.dist.watchdog import EXIT_CODE_AGAIN_THE_SAME
-from lordo_ds.dist.whereabouts import whereabouts
+from lordo_ds.watch import watchdog
+from lordo_ds.watch.heartbeat import Heartbeat
+from lordo_ds.watch.watchdog import EXIT_CODE_AGAIN_THE_SAME
+from lordo_ds.watch.whereabouts import whereabouts
 from tests.watched import FAULT_STEP, STEPS, End, check, run, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]

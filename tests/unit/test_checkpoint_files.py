@@ -18,10 +18,10 @@ from torch import Tensor
 from lordo_ds.checkpoint import CheckpointError, ReshapedRun, open_run, read_saved, rng_state, set_rng_state
 from lordo_ds.checkpoint.files import COMPLETE, find_tag, read_complete
 from lordo_ds.checkpoint.folders import whole_folder
-from lordo_ds.checkpoint.layout import Counters, FragmentLayout, Header
+from lordo_ds.checkpoint.header import Counters, FragmentLayout, Header
 from lordo_ds.checkpoint.pieces import Place, check_part, cut, join, part_shape, slicing_dim
 from lordo_ds.checkpoint.portable import PortableRun, write_portable
-from lordo_ds.checkpoint.reshape import mean_state, with_rank
+from lordo_ds.checkpoint.reshaped_run import mean_state, with_rank
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.checkpoint.tensor_file import TensorFile, TensorWriter
 from lordo_ds.cli.main import main

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordo_ds.dist import checksum as checksum_module
-from lordo_ds.dist.checksum import checksum
+from lordo_ds.comm import checksum as checksum_module
+from lordo_ds.comm.checksum import checksum
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _experiment_grid import Grid, _laid_over, expand, load_grid, middle_out, rates_to_try
-from _experiment_measures import effective_rank, gap, spectra, stable_rank
-from _experiment_plots import ceiling
-from _experiment_results import COLUMNS, append_row, read_rows
-from _experiment_spec import RunSpec, SpecError
-from _experiment_summary import difference, lines_of, pooled_noise
+from lab.grid import Grid, _laid_over, expand, load_grid, middle_out, rates_to_try
+from lab.measures import effective_rank, gap, spectra, stable_rank
+from lab.plots import ceiling
+from lab.results import COLUMNS, append_row, read_rows
+from lab.spec import RunSpec, SpecError
+from lab.summary import difference, lines_of, pooled_noise
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT: dict[str, Any] = {

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _experiment_model import SIZES, ReplicatedGpt
-from _experiment_replicas import Replicas
-from _experiment_run import Run, execute
-from _experiment_spec import RunSpec
-
+from lab.model import SIZES, ReplicatedGpt
+from lab.replicas import Replicas
+from lab.run import Run, execute
+from lab.spec import RunSpec
 from lordo_ds import LoRDO, LordoConfig, SyncError
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,7 @@ import pytest
 from lordo_ds.config import ConfigError, LordoConfig
 from lordo_ds.data.corpus import DataError
 from lordo_ds.data.prepared import PreparedData, prepare
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _gpt import GptConfig
+from pretrain.gpt import GptConfig
 
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for")
 CONFIGS, MODELS, DATA_FILES = 1000, 500, 500

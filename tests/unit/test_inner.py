@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import whole
 from lordo_ds.core.grouping import ParameterPlan
@@ -25,9 +26,8 @@ from lordo_ds.core.inner import (
     rotate_moments_,
     with_error,
 )
-from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.inner_step import step_fragments_
-from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.replica.fragment import Fragment
+from lordo_ds.replica.inner_step import step_fragments_
 
 MODES = ("full_rank", "factored", "low_rank", "none")
 SETTINGS = StepSettings(

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import whole
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.inner import StepSettings
-from lordo_ds.dist import inner_step
-from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.inside import InsideReplica
+from lordo_ds.replica import inner_step
+from lordo_ds.replica.fragment import Fragment
 
 SHAPES = {"tall": (9, 6), "wide": (4, 7), "tall again": (9, 6), "square": (5, 5)}
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
-sys.path.insert(0, str(LAUNCHERS))
-from _jobs import fresh_folder  # noqa: E402
+from trials.jobs import fresh_folder  # noqa: E402
 
 
 def test_a_work_directory_of_others_is_not_emptied(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lordo_ds.dist.ledger import ByteLedger, data_parallel_bytes, gather_bytes, reduction_bytes
+from lordo_ds.comm.ledger import ByteLedger, data_parallel_bytes, gather_bytes, reduction_bytes
 
 
 def test_a_reduction_sends_twice_the_payload_less_a_share() -> None:

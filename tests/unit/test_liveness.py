@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lordo_ds.dist import process
-from lordo_ds.dist.liveness import (
+from lordo_ds.watch import process
+from lordo_ds.watch.liveness import (
     DEAF,
     END,
     LEFT,
@@ -27,8 +27,8 @@ from lordo_ds.dist.liveness import (
     why_a_collective_failed,
     why_it_ends,
 )
-from lordo_ds.dist.process import Process
-from lordo_ds.dist.timeouts import Limits
+from lordo_ds.watch.process import Process
+from lordo_ds.watch.timeouts import Limits
 
 HERE = Process("this host", 1, "0")
 PATIENCE = Patience.of(Limits.of(10.0), before_first_step=False)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +11,8 @@ import torch
 
 from megatron_patches import cpu, versions
 from megatron_patches.versions import MegatronMismatchError
+from pretrain.gpt import GptConfig, build_gpt, loss_sums
 from tests.ranks import run_ranks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _gpt import GptConfig, build_gpt, loss_sums
 
 pytestmark = [
     pytest.mark.megatron,

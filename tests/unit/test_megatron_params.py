@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,11 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from megatron_patches.params import MegatronParameter, describe, describe_model, shard_of, whole
+from pretrain.gpt import GptConfig, build_gpt
 from tests.ranks import run_ranks
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _gpt import GptConfig, build_gpt
 
 
 @given(

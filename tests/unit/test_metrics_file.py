@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
-sys.path.insert(0, str(LAUNCHERS))
-from _run_log import RunLog  # noqa: E402
-
+from pretrain.run_log import RunLog  # noqa: E402
 from tests.disk import disk_calls  # noqa: E402
 
 STEPS = 8

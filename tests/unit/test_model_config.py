@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "launchers"))
 
-from _gpt import GptConfig, ModelConfigError  # noqa: E402  (launchers/ is a folder of scripts, not a package)
+from pretrain.gpt import GptConfig, ModelConfigError  # noqa: E402  (launchers/ is a folder of scripts, not a package)
 
 TINY: dict[str, Any] = {
     "num_layers": 2,

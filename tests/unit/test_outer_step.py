@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lordo_ds.comm.inside import InsideComm, InsideReplica
+from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds, whole
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.dist.fragment import Fragment
-from lordo_ds.dist.inside import InsideComm, InsideReplica
-from lordo_ds.dist.outer_step import matrix_owners, with_residual_gain
-from lordo_ds.dist.sync import OuterSync
-from lordo_ds.dist.wire import ReplicaWire
+from lordo_ds.replica.fragment import Fragment
+from lordo_ds.sync.outer_step import matrix_owners, with_residual_gain
+from lordo_ds.sync.outer_sync import OuterSync
 
 ON_FIRST, ON_SECOND, ON_BOTH = [(0, 8), (0, 0)], [(0, 0), (0, 8)], [(0, 4), (4, 8)]
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lordo_ds import ConfigError, LoRDO
-from lordo_ds.dist.samples import SAMPLES, Samples
-from lordo_ds.dist.wire import SyncError
+from lordo_ds.comm.wire import SyncError
+from lordo_ds.replica.samples import SAMPLES, Samples
 
 
 def samples(*tensors: torch.Tensor) -> Samples:

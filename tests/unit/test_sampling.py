@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "launchers"))
-
-from _text import BatchShape, SampleOrder, train_batches, validation_batches
+from pretrain.text import BatchShape, SampleOrder, train_batches, validation_batches
 
 sizes = st.integers(1, 5)
 

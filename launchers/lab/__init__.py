@@ -1,0 +1,1 @@
+"""The experiment harness behind `experiment.py`."""

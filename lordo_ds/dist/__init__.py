@@ -1,1 +1,0 @@
-"""Everything that crosses replicas: groups, wire, byte ledger, and the outer sync."""

@@ -1,0 +1,94 @@
+"""Learning rates, betas, eps and weight decay of the parameter groups, compared across replicas at every sync.
+
+Schedules and users change them in `param_groups` as training goes. Replicas at the same executed step must have the
+same; one that skipped steps lags behind by right, with any of the values (Megatron schedules weight decay, DeepSpeed's
+OneCycle the betas), until it takes over the schedule of the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lordo_ds.comm.inside import InsideReplica
+from lordo_ds.comm.wire import ReplicaWire, SyncError
+from lordo_ds.replica.fragment import Fragment
+
+logger = logging.getLogger("lordo_ds")
+
+_KEYS = ("lr", "beta1", "beta2", "eps", "weight_decay")
+
+
+class GroupValues:
+    """The parameter groups of one rank's parameters, in their order."""
+
+    def __init__(self, items: Sequence[Fragment], inside: InsideReplica) -> None:
+        self.inside = inside
+        self._groups = list({id(item.group): (item.plan.name, item.group) for item in reversed(items)}.values())[::-1]
+        self._skips_seen = False
+        self._told = False
+
+    def _values(self) -> list[float]:
+        """Of all groups, one after the other; a value that is a tensor is read, which may wait for the device."""
+        found: list[float] = []
+        for _, group in self._groups:
+            found += [float(group["lr"]), *map(float, group["betas"]), float(group["eps"])]
+            found.append(float(group["weight_decay"]))
+        return found
+
+    def digest(self) -> int:
+        values = self._values()
+        return zlib.crc32(struct.pack(f"{len(values)}d", *values))
+
+    def compare(self, wire: ReplicaWire, header: Tensor, finite: Sequence[bool], step: int) -> None:
+        """Refuse to average replicas with other values at the same executed step. Collective where digests differ.
+
+        Args:
+            header: of every replica: executed steps, whether it executed the last one, its digest.
+
+        Raises:
+            SyncError: on all ranks at once: the key, the values and the replicas.
+        """
+        rows = [tuple(row) for row in header.tolist()]
+        self._skips_seen |= any(executed != step for executed, _, _ in rows)
+        alike: dict[tuple[int, int], set[int]] = {}
+        for (executed, now, digest), ok in zip(rows, finite, strict=True):
+            if ok:
+                alike.setdefault((executed, now), set()).add(digest)
+        if all(len(digests) == 1 for digests in alike.values()):
+            return
+        compared = [row[:2] if ok else None for row, ok in zip(rows, finite, strict=True)]
+        words = self._difference(wire, compared)
+        # Replicas that skipped steps, or came later, may have a schedule that nobody moved on: no reason to end.
+        if self._skips_seen or not wire.steps_alike:
+            if not self._told:
+                logger.warning("LoRDO: %s at step %d: give all replicas the same schedule", words, step)
+            self._told = True
+            return
+        raise SyncError(
+            f"LoRDO: {words} at step {step}, although all made the same steps: change param_groups on all replicas "
+            "alike"
+        )
+
+    def _difference(self, wire: ReplicaWire, compared: Sequence[tuple[int, ...] | None]) -> str:
+        """The first difference in words, the same on all ranks of all replicas; this rank may have none."""
+        values = torch.tensor(self._values(), dtype=torch.float64).view(torch.int64)
+        table = wire.gather(self.inside.vector(values.tolist()), "header").cpu().contiguous().view(torch.float64)
+        found: list[str] = []
+        for column in range(table.shape[1]):
+            for made in dict.fromkeys(filter(None, compared)):
+                replicas = [m for m, other in enumerate(compared) if other == made]
+                by_value: dict[float, list[int]] = {}
+                for m in replicas:
+                    by_value.setdefault(float(table[m, column]), []).append(m)
+                if len(by_value) > 1 and not found:
+                    name, _ = self._groups[column // len(_KEYS)]
+                    values_of = ", ".join(f"{value:g} on replicas {where}" for value, where in by_value.items())
+                    found.append(f"{_KEYS[column % len(_KEYS)]} of the parameter group of {name} is {values_of}")
+        everywhere = self.inside.of_every_rank(found)
+        return everywhere[0] if everywhere else "the parameter groups differ"

@@ -1,0 +1,40 @@
+"""What stands in the watchdog's place where nobody watches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lordo_ds.comm.inside import InsideReplica
+from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.watch.liveness import LEFT
+
+
+class Unwatched:
+    """Does nothing: this rank is alone, or its process group has no key-value store."""
+
+    stopped = True
+
+    def follow(self, wire: ReplicaWire, inside: InsideReplica) -> None:
+        pass
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def at_the_end_of(self, step: int) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def during(self, block: str) -> Iterator[None]:
+        yield
+
+    def synced(self, step: int) -> None:
+        pass
+
+    def resumed(self, step: int, synced: int) -> None:
+        pass
+
+    def stop(self, why: str = LEFT) -> None:
+        pass
