@@ -6,10 +6,9 @@ Importing this package registers the optimizer type "LoRDO" with DeepSpeed.
 from lordo_ds.adapters.deepspeed.api import data_sampler, hook, load_checkpoint, save_checkpoint, status
 from lordo_ds.adapters.deepspeed.registration import register, unregister
 from lordo_ds.adapters.deepspeed.zero_init import zero_init_group
-from lordo_ds.checkpoint import CheckpointError
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
+from lordo_ds.errors import CheckpointError, ConfigError, SyncError
 from lordo_ds.optimizer import LoRDO
-from lordo_ds.sync.outer_sync import SyncError
 
 __version__ = "0.1.0"
 __all__ = [

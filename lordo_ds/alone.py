@@ -19,11 +19,12 @@ from lordo_ds.comm.groups import of_all_ranks, replica_groups
 from lordo_ds.comm.inside import InsideComm
 from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts
 from lordo_ds.core.names import embedding_in
 from lordo_ds.core.steppable import refuse_shared_memory, refuse_unsteppable
+from lordo_ds.errors import ConfigError
 from lordo_ds.start_table import RunShape
 from lordo_ds.sync.alike import Start, require_alike, start_alone
 from lordo_ds.sync.outer_sync import OuterSync

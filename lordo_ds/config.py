@@ -26,11 +26,9 @@ from pydantic import (
     model_validator,
 )
 
+from lordo_ds.errors import ConfigError
+
 JSON_PATH = "optimizer.params."  # of our keys in a DeepSpeed configuration
-
-
-class ConfigError(ValueError):
-    """A setting that LoRDO cannot honour; the message is one line and says what to write instead."""
 
 
 class _Block(BaseModel):

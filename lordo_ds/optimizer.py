@@ -25,7 +25,6 @@ from lordo_ds.checkpoint.finite import not_finite
 from lordo_ds.checkpoint.header import (
     OWN_FILE_HINT,
     STATE_FORMAT,
-    CheckpointError,
     Counters,
     EngineFacts,
     FragmentLayout,
@@ -37,13 +36,14 @@ from lordo_ds.comm.agreement import agreed, reseeded_later
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.comm.wrapped import refuse_wrappers
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
 from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor, bucket_bounds
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.inner import StepSettings, adamw_step_, decay_, with_error
 from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
 from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
+from lordo_ds.errors import CheckpointError, ConfigError
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.inner_step import step_fragments_

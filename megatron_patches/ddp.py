@@ -27,7 +27,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from lordo_ds.comm.groups import ReplicaGroups, replica_groups
 from lordo_ds.comm.nodes import layout_of_replicas
-from lordo_ds.config import ConfigError
+from lordo_ds.errors import ConfigError
 from lordo_ds.sync.alike import Start, require_alike
 from megatron_patches.versions import MegatronMismatchError, require_parameters, require_supported_version
 

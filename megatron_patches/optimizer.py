@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from lordo_ds.comm.equalise import equalise_untrained
 from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.config import ConfigError
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, model_facts
+from lordo_ds.errors import ConfigError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.replica.model_copy import checked_model, whole_copy

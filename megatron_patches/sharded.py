@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing import serialization
 
-from lordo_ds.checkpoint.header import CheckpointError
+from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from megatron_patches.versions import require_parameters
 

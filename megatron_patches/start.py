@@ -11,7 +11,8 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.utils import get_model_config
 from torch import nn
 
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
+from lordo_ds.errors import ConfigError
 from lordo_ds.sync.alike import (
     Start,
     Texts,

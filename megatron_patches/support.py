@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.utils import get_model_config
 
-from lordo_ds.config import ConfigError
+from lordo_ds.errors import ConfigError
 
 
 def check_support(model_chunks: Sequence[Any], config: OptimizerConfig) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from torch import Tensor
 
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.comm.agreement import agreed
+from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from megatron_patches.handle import TrainingHandle
 from megatron_patches.samples import SampleCheck

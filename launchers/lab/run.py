@@ -24,9 +24,9 @@ from lordo_ds.config import OuterOptimizer
 from lordo_ds.core.grouping import ParameterFacts, plan_parameters
 from lordo_ds.core.outer import orthogonalized, outer_update, pseudo_gradient
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.start_table import state_bytes
-from lordo_ds.sync.outer_sync import SyncError
 
 POINTS = 8  # validations on the way
 _HOST_KINDS = ("anchor", "outer_momentum")  # on a GPU these live in host memory

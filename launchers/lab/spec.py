@@ -9,7 +9,8 @@ from functools import cached_property
 from typing import Any
 
 from lab.model import SIZES
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
+from lordo_ds.errors import ConfigError
 
 _FORMAT = 1
 """Raise it when equal specs would give other numbers: earlier rows are then run anew."""

@@ -82,8 +82,8 @@ def saves_up_to(folder: Path, step: int) -> list[int]:
 
 def drop_saves(folder: Path, steps: list[int]) -> None:
     """Delete them, on rank 0, but not what a save has not made, nor what somebody has put into one."""
-    from lordo_ds.checkpoint import CheckpointError
     from lordo_ds.checkpoint.folders import remove_save
+    from lordo_ds.errors import CheckpointError
 
     if dist_rank() == 0:
         for step in steps:

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from lordo_ds.checkpoint.claim import read_owner
 from lordo_ds.checkpoint.files import file_sum
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.comm.groups import of_all_ranks
+from lordo_ds.errors import CheckpointError
 
 SEEN_WITHIN_S = 5.0  # network file systems may tell late of what is new
 Sums = Mapping[str, tuple[int, int]]

@@ -28,8 +28,9 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOption
 
 from lordo_ds.adapters.deepspeed.hook import hook
 from lordo_ds.adapters.deepspeed.start import configuration_texts
-from lordo_ds.comm.wire import ReplicaWire, SyncError
+from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.errors import SyncError
 from lordo_ds.optimizer import SYNC_COUNTERS, LoRDO
 from lordo_ds.sync.alike import Start, require_like, start_of_replica
 from lordo_ds.sync.faults import Faults

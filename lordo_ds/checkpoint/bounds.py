@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lordo_ds.checkpoint.header import CheckpointError, FragmentLayout, Header, Mesh, Untrained
+from lordo_ds.checkpoint.header import FragmentLayout, Header, Mesh, Untrained
+from lordo_ds.errors import CheckpointError
 
 
 def check_header(header: Header, where: str) -> None:

@@ -16,8 +16,8 @@ import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.disk import part_of
+from lordo_ds.errors import CheckpointError
 
 BEAT_S = 5.0
 STALE_AFTER_S = 30.0

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lordo_ds.checkpoint.folders import whole_folder
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.checkpoint.hf_gpt import HuggingFaceGpt
 from lordo_ds.checkpoint.reshaped_run import ReshapedRun
 from lordo_ds.checkpoint.run import SavedRun
 from lordo_ds.checkpoint.tensor_file import TensorWriter
 from lordo_ds.disk import write_text
+from lordo_ds.errors import CheckpointError
 
 EXPORT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = "model.safetensors"

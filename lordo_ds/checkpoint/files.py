@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
-from lordo_ds.checkpoint.header import CheckpointError, check_format
+from lordo_ds.checkpoint.header import check_format
 from lordo_ds.disk import old_of, part_of, write_text
+from lordo_ds.errors import CheckpointError
 
 COMPLETE = "complete.json"
 LATEST = "latest"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.header import CheckpointError
+from lordo_ds.errors import CheckpointError
 
 _AGREED = ("anchor", "outer_momentum")
 

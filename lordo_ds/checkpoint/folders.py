@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from lordo_ds.checkpoint.claim import STALE_AFTER_S, Claim, Owner, read_owner, wait_until_free
 from lordo_ds.checkpoint.files import COMPLETE, Complete, file_sum, read_json, write_complete
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.disk import OLD, PART, flush_folder, flush_tree, is_reserved, make_folder, old_of, part_of
+from lordo_ds.errors import CheckpointError
 
 MARK = "unfinished.lordo.json"
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from lordo_ds.config import JSON_PATH
+from lordo_ds.errors import CheckpointError
 
 STATE_FORMAT = 2
 
@@ -60,10 +61,6 @@ def _small(value: dict[str, Any]) -> dict[str, Any]:
 
 
 PlainSettings = Annotated[dict[str, Any], AfterValidator(_small)]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line that says why and what to do."""
 
 
 class _Plain(BaseModel):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.checkpoint.run import SavedParameter
+from lordo_ds.errors import CheckpointError
 
 # Of Megatron-core's TransformerConfig and GPTModel, which the training script leaves as they are.
 _EPSILON, _ROPE_BASE = 1e-5, 10000.0

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from lordo_ds.checkpoint.bounds import is_held
-from lordo_ds.checkpoint.header import LARGEST, CheckpointError, FragmentLayout
+from lordo_ds.checkpoint.header import LARGEST, FragmentLayout
 from lordo_ds.core.fragments import Interval, MatrixShards
 from lordo_ds.core.slices import cut_slice, join_slices
+from lordo_ds.errors import CheckpointError
 
 State = dict[str, Any]
 _BY_COLUMNS = {"exp_avg": 1, "exp_avg_sq": 1, "col_mean_sq": 0}  # which dimension l is

@@ -22,7 +22,6 @@ from torch import Tensor
 from lordo_ds.checkpoint.files import read_complete, read_json, read_saved
 from lordo_ds.checkpoint.folders import recover_folder, whole_folder
 from lordo_ds.checkpoint.header import (
-    CheckpointError,
     Counters,
     FragmentLayout,
     NonNegativeInt,
@@ -36,6 +35,7 @@ from lordo_ds.checkpoint.pieces import Place, State, check_part
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.checkpoint.tensor_file import DTYPES, TensorFile, TensorWriter
 from lordo_ds.disk import write_text
+from lordo_ds.errors import CheckpointError
 
 PORTABLE_FORMAT = 1
 MANIFEST = "manifest.json"

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.header import CheckpointError, Counters
+from lordo_ds.checkpoint.header import Counters
 from lordo_ds.checkpoint.pieces import State
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.core.basis import fill_up
 from lordo_ds.core.inner import rescale_bias_correction
+from lordo_ds.errors import CheckpointError
 
 # Running averages, and which beta they follow.
 MOMENTS = {"exp_avg": 0, "exp_avg_sq": 1, "row_mean_sq": 1, "col_mean_sq": 1}

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.header import LARGEST, CheckpointError
+from lordo_ds.checkpoint.header import LARGEST
+from lordo_ds.errors import CheckpointError
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",

@@ -8,11 +8,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lordo_ds.checkpoint import CheckpointError, ReshapedRun, SavedRun, open_run
+from lordo_ds.checkpoint import ReshapedRun, SavedRun, open_run
 from lordo_ds.checkpoint.export import EXPORT_DTYPES, export_hf, export_safetensors
 from lordo_ds.checkpoint.files import with_a_name
 from lordo_ds.checkpoint.portable import write_portable
 from lordo_ds.cli.printing import printable
+from lordo_ds.errors import CheckpointError
 
 _SHOWN_SETTINGS = (
     "rank",

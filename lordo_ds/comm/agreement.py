@@ -8,9 +8,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from lordo_ds.checkpoint.finite import NotFinite, replicas_to_reseed
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.comm.groups import of_all_ranks
-from lordo_ds.config import ConfigError
+from lordo_ds.errors import CheckpointError, ConfigError
 
 _T = TypeVar("_T")
 _TOLD = (CheckpointError, ConfigError, OSError)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 
 from lordo_ds.comm.groups import of_all_ranks
-from lordo_ds.config import ConfigError
 from lordo_ds.core.mesh import ReplicaLayout, replica_layout
+from lordo_ds.errors import ConfigError
 
 
 def layout_of_replicas(data_parallel_ranks: Sequence[int], replica_size: int | str, key: str) -> ReplicaLayout:

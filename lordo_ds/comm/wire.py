@@ -10,10 +10,7 @@ from torch import Tensor
 from lordo_ds.comm.comm import Comm
 from lordo_ds.comm.inside import InsideComm
 from lordo_ds.comm.ledger import reduction_bytes
-
-
-class SyncError(RuntimeError):
-    """The replicas, or the copies inside one, can no longer be trusted to be equal; training must not go on."""
+from lordo_ds.errors import SyncError
 
 
 class ReplicaWire(Comm):

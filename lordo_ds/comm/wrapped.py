@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lordo_ds.config import ConfigError
+from lordo_ds.errors import ConfigError
 
 _ZERO_MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
+from lordo_ds.errors import ConfigError
 
 OUTPUT_HEAD_NAMES = ("lm_head", "output_layer", "embed_out", "head")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lordo_ds.config import ConfigError
+from lordo_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lordo_ds.config import ConfigError
+from lordo_ds.errors import ConfigError
 
 _SHARD_INSTEAD = 'to shard a replica, train through DeepSpeed\'s ZeRO with a "replica_size" of its ranks'
 

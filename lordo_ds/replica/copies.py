@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.inside import InsideComm
-from lordo_ds.comm.wire import SyncError
+from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
 
 # Equal gradients differ by rounding only; partial ones by parts of themselves.

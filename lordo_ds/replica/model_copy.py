@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lordo_ds.config import ConfigError
 from lordo_ds.core.fragments import Interval
+from lordo_ds.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.inside import InsideComm, InsideReplica
-from lordo_ds.comm.wire import ReplicaWire, SyncError
-from lordo_ds.config import ConfigError
+from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.errors import ConfigError, SyncError
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.model_copy import ModelCopy
 from lordo_ds.replica.samples import Samples

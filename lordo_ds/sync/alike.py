@@ -22,7 +22,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from lordo_ds.comm.groups import of_all_ranks
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
+from lordo_ds.errors import ConfigError
 from lordo_ds.replica.fragment import Fragment
 
 logger = logging.getLogger("lordo_ds")

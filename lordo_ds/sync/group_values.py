@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.wire import ReplicaWire, SyncError
+from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
 
 logger = logging.getLogger("lordo_ds")

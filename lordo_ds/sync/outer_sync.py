@@ -13,12 +13,13 @@ from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.comm import Comm
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.ledger import gather_bytes
-from lordo_ds.comm.wire import ReplicaWire, SyncError
+from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.outer import pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.errors import SyncError
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.copies import TensorCopies, TiedCopies, TiedWeight
 from lordo_ds.replica.fragment import Fragment

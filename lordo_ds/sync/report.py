@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.wire import ReplicaWire, SyncError
+from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.errors import SyncError
 
 
 @dataclass

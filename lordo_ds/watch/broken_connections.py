@@ -6,7 +6,7 @@ import re
 
 import torch.distributed as dist
 
-from lordo_ds.comm.wire import SyncError
+from lordo_ds.errors import SyncError
 
 
 def lost_connection(error: BaseException | None) -> bool:

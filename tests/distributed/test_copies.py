@@ -11,11 +11,12 @@ import torch.distributed as dist
 from lordo_ds import ConfigError, LoRDO, LordoConfig
 from lordo_ds.comm.groups import make_groups, replica_groups
 from lordo_ds.comm.inside import InsideComm, InsideReplica
-from lordo_ds.comm.wire import ReplicaWire, SyncError
+from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, plan_parameters
 from lordo_ds.core.mesh import replica_layout
 from lordo_ds.core.reference import Reference
+from lordo_ds.errors import SyncError
 from lordo_ds.replica.copies import TiedWeight
 from tests import problems
 from tests.ranks import RankFailedError, run_ranks

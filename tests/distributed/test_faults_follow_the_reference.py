@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from lordo_ds import LoRDO, LordoConfig
-from lordo_ds.comm.wire import SyncError
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
+from lordo_ds.errors import SyncError
 from tests import problems
 from tests.ranks import run_ranks
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lordo_ds import LoRDO
-from lordo_ds.comm.wire import SyncError
+from lordo_ds.errors import SyncError
 from tests.ranks import run_ranks
 
 

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lordo_ds import LoRDO, LordoConfig
-from lordo_ds.comm.wire import SyncError
 from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
+from lordo_ds.errors import SyncError
 from lordo_ds.sync.outliers import SIZES, far_from_others
 from tests import problems
 from tests.distributed.test_faults_follow_the_reference import drawn_settings

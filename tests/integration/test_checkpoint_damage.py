@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 import lordo_ds
-from lordo_ds.checkpoint import CheckpointError, open_run, read_saved
+from lordo_ds.checkpoint import open_run, read_saved
 from lordo_ds.checkpoint.files import COMPLETE, file_sum, write_complete
 from lordo_ds.checkpoint.folders import NewFolder
 from lordo_ds.cli.main import main
 from lordo_ds.disk import old_of, part_of
+from lordo_ds.errors import CheckpointError
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import RankFailedError, run_ranks
 

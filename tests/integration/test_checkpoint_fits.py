@@ -23,8 +23,8 @@ from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
 import lordo_ds
-from lordo_ds.checkpoint import CheckpointError
 from lordo_ds.checkpoint.files import COMPLETE, file_sum, write_complete
+from lordo_ds.errors import CheckpointError
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import run_ranks
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import lordo_ds
-from lordo_ds.checkpoint import CheckpointError, ReshapedRun, open_run
+from lordo_ds.checkpoint import ReshapedRun, open_run
 from lordo_ds.checkpoint.portable import write_portable
+from lordo_ds.errors import CheckpointError
 from tests.cases import Found, run_cases
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import run_ranks

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lordo_ds
 from lordo_ds import ConfigError, LoRDO
-from lordo_ds.comm.wire import SyncError
+from lordo_ds.errors import SyncError
 from tests import problems
 from tests.engines import GivenGradients, make_engine, settings, train_step, weights
 from tests.ranks import run_ranks

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from lordo_ds.checkpoint import CheckpointError, open_run
+from lordo_ds.checkpoint import open_run
 from lordo_ds.checkpoint.files import COMPLETE
+from lordo_ds.errors import CheckpointError
 from tests.disk import Event, disk_calls
 from tests.engines import GivenGradients, make_engine, settings, train_step
 from tests.ranks import run_ranks

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 import lordo_ds
-from lordo_ds.comm.wire import SyncError
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.errors import SyncError
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import GivenGradients, make_engine, settings, train_step

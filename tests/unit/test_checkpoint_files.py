@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lordo_ds.checkpoint import CheckpointError, ReshapedRun, open_run, read_saved, rng_state, set_rng_state
+from lordo_ds.checkpoint import ReshapedRun, open_run, read_saved, rng_state, set_rng_state
 from lordo_ds.checkpoint.files import COMPLETE, find_tag, read_complete
 from lordo_ds.checkpoint.folders import whole_folder
 from lordo_ds.checkpoint.header import Counters, FragmentLayout, Header
@@ -26,6 +26,7 @@ from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.checkpoint.tensor_file import TensorFile, TensorWriter
 from lordo_ds.cli.main import main
 from lordo_ds.core.slices import cut_slice, join_slices
+from lordo_ds.errors import CheckpointError
 
 FUZZ = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

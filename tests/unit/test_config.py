@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lordo_ds.config import PRESETS, ConfigError, LordoConfig, OuterOptimizer
+from lordo_ds.config import PRESETS, LordoConfig, OuterOptimizer
+from lordo_ds.errors import ConfigError
 
 NAN, INF = float("nan"), float("inf")
 

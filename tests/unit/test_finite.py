@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lordo_ds.checkpoint import CheckpointError
 from lordo_ds.checkpoint.finite import NotFinite, is_finite, not_finite, replicas_to_reseed
+from lordo_ds.errors import CheckpointError
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

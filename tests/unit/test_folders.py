@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from lordo_ds.checkpoint import CheckpointError, claim
+from lordo_ds.checkpoint import claim
 from lordo_ds.checkpoint.claim import Claim, Owner, read_owner
 from lordo_ds.checkpoint.files import COMPLETE, read_complete
 from lordo_ds.checkpoint.folders import MARK, NewFolder, recover_folder, remove_ours, remove_save, sweep, whole_folder
 from lordo_ds.data.cache import build_once
 from lordo_ds.disk import make_folder, old_of, part_of, write_text
+from lordo_ds.errors import CheckpointError
 from tests.disk import disk_calls
 
 # -- on the disk -------------------------------------------------------------------------------------

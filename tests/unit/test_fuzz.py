@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
 from lordo_ds.data.corpus import DataError
 from lordo_ds.data.prepared import PreparedData, prepare
+from lordo_ds.errors import ConfigError
 from pretrain.gpt import GptConfig
 
 WORDS = ("the", "of", "and", "to", "in", "is", "was", "for")

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts, plan_parameters
 from lordo_ds.core.names import embedding_in
+from lordo_ds.errors import ConfigError
 
 
 def plan_of(shape: tuple[int, ...], params: dict[str, Any] | None = None, **facts: Any) -> ParameterPlan:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lordo_ds.config import ConfigError
 from lordo_ds.core.mesh import replica_layout
+from lordo_ds.errors import ConfigError
 
 
 def test_four_ranks_in_two_replicas_of_two() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lordo_ds import ConfigError, LoRDO
-from lordo_ds.comm.wire import SyncError
+from lordo_ds.errors import SyncError
 from lordo_ds.replica.samples import SAMPLES, Samples
 
 

@@ -36,11 +36,12 @@ from lordo_ds.checkpoint.deepspeed_files import SavedPart, optimizer_files, read
 from lordo_ds.checkpoint.files import check_sums, find_tag, read_complete, read_saved
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.folders import recover_folder
-from lordo_ds.checkpoint.header import CheckpointError, refuse_differences
+from lordo_ds.checkpoint.header import refuse_differences
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.rng import set_rng_state
 from lordo_ds.comm.agreement import agreed, reseeded_later
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
+from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.watch.liveness import LOAD
 

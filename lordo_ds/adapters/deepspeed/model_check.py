@@ -18,7 +18,7 @@ from lordo_ds.adapters.deepspeed.pipeline import is_pipeline
 from lordo_ds.adapters.deepspeed.wrappers import stepped_tensors
 from lordo_ds.checkpoint.deepspeed_files import SavedPart
 from lordo_ds.checkpoint.files import read_saved
-from lordo_ds.checkpoint.header import CheckpointError
+from lordo_ds.errors import CheckpointError
 
 FROZEN = "frozen_param_fragments"
 _ALLOW = "give the model that it was saved with, or load_module_strict=False to load the rest"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lordo_ds.adapters.deepspeed.replica_mpu import DataParallelOfReplica
 from lordo_ds.adapters.patching import check_parameters, replace_method
 from lordo_ds.comm.groups import ReplicaGroups
-from lordo_ds.config import ConfigError
+from lordo_ds.errors import ConfigError
 
 
 def is_pipeline(engine: Any) -> bool:

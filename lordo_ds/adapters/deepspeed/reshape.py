@@ -16,7 +16,7 @@ from lordo_ds.adapters.deepspeed.wrappers import refresh_low_precision, stepped_
 from lordo_ds.checkpoint.deepspeed_files import NativeRun, replica_numbers
 from lordo_ds.checkpoint.files import verify
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
-from lordo_ds.checkpoint.header import CheckpointError, Header
+from lordo_ds.checkpoint.header import Header
 from lordo_ds.checkpoint.open import open_run
 from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, cut
 from lordo_ds.checkpoint.portable import is_portable
@@ -24,6 +24,7 @@ from lordo_ds.checkpoint.reshaped_run import ReshapedRun, check_settings, with_r
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.comm.agreement import agreed
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
+from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.replica.fragment import Fragment
 

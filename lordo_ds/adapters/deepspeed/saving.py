@@ -23,11 +23,11 @@ import torch.distributed as dist
 from lordo_ds.adapters.shared_folder import check_files, check_shared, host_view
 from lordo_ds.checkpoint.files import LATEST, file_sum, unsafe_classes, write_complete
 from lordo_ds.checkpoint.folders import MARK, NewFolder
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.checkpoint.rng import rng_state
 from lordo_ds.comm.agreement import agreed
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.disk import flush_file, flush_folders, is_reserved, part_of, write_text
+from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.watch.liveness import SAVE
 

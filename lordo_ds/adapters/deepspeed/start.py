@@ -16,7 +16,8 @@ from deepspeed.utils.bwc import (
 from torch import nn
 
 from lordo_ds.adapters.deepspeed.support import asks_for_lordo, choose_device, refuse_unsupported, requested_settings
-from lordo_ds.config import ConfigError, LordoConfig
+from lordo_ds.config import LordoConfig
+from lordo_ds.errors import ConfigError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.sync.alike import (
     Start,

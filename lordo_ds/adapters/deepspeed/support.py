@@ -28,7 +28,8 @@ from lordo_ds.adapters.deepspeed.pipeline import ReplicaGrid, check_pipeline, is
 from lordo_ds.adapters.deepspeed.wrappers import shard_groups
 from lordo_ds.comm.groups import ReplicaGroups, replica_groups
 from lordo_ds.comm.nodes import layout_of_replicas
-from lordo_ds.config import JSON_PATH, ConfigError, LordoConfig
+from lordo_ds.config import JSON_PATH, LordoConfig
+from lordo_ds.errors import ConfigError
 from lordo_ds.optimizer import LoRDO
 
 

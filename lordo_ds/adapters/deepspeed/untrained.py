@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lordo_ds.adapters.deepspeed.saved_files import saved_buffers
-from lordo_ds.checkpoint.header import CheckpointError
 from lordo_ds.comm.groups import ReplicaGroups
 from lordo_ds.core.grouping import ParameterFacts, model_facts
 from lordo_ds.core.slices import cut_slice
+from lordo_ds.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Any
 
 from lordo_ds.adapters.deepspeed.wrappers import stepped_tensors_in_groups
 from lordo_ds.checkpoint.deepspeed_files import read_part
-from lordo_ds.checkpoint.header import CheckpointError, FragmentLayout
+from lordo_ds.checkpoint.header import FragmentLayout
 from lordo_ds.comm.agreement import agreed
+from lordo_ds.errors import CheckpointError
 
 
 def weights_of_shards(engine: Any, load: Callable[..., Any]) -> Callable[..., Any]:

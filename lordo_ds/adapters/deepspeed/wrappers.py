@@ -29,9 +29,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from lordo_ds.adapters.patching import replace_method
-from lordo_ds.config import ConfigError
 from lordo_ds.core.fragments import FlatTensor, Interval, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts
+from lordo_ds.errors import ConfigError
 from lordo_ds.optimizer import LoRDO
 
 
