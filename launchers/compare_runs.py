@@ -2,7 +2,7 @@
 
     python launchers/compare_runs.py runs/lordo runs/adamw_ddp --output docs/tiny
 
-writes docs/tiny_loss.png, docs/tiny_runs.csv and docs/tiny_runs.md (the table; text above it is kept).
+writes tiny_loss.png, tiny_runs.csv and tiny_runs.md there (the table; text above it is kept).
 """
 
 from __future__ import annotations

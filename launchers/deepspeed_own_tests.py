@@ -1,7 +1,7 @@
 """DeepSpeed's own unit tests with LoRDO in the place of Adam: which pass with Adam and not with LoRDO, and why.
 
     git clone https://github.com/deepspeedai/DeepSpeed /tmp/DeepSpeed     # any checkout near the installed version
-    python launchers/deepspeed_own_tests.py /tmp/DeepSpeed --output docs/deepspeed_own_tests
+    python launchers/deepspeed_own_tests.py /tmp/DeepSpeed --output docs/results/deepspeed_own_tests
     python launchers/deepspeed_own_tests.py /tmp/DeepSpeed --tests unit/runtime/zero/test_unwrap_model.py
 
 The tests run on the installed DeepSpeed, from a copy, so that the checkout's own package is not imported. First all

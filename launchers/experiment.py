@@ -5,7 +5,7 @@
 All replicas of a run live in one process; runs are packed onto the cores (or one GPU). What is finished is a row of
 results.csv and is not run again, so a command may be stopped and given again, with a larger budget or more claims.
 
-    ... --report --docs docs/claims      tables and plots from results.csv alone
+    ... --report --docs docs/results/claims      tables and plots from results.csv alone
     ... --rerun 4a755d0e1d               one row again, compared with the first time
     ... --tasks quality                  the chosen runs of a claim again, with held-out tasks at their end
 """

@@ -1,6 +1,6 @@
 """Kill or freeze a random rank of a small run at a random moment, again and again, going on from the last save.
 
-    python launchers/kill_test.py --kills 50 --output docs/kill_test
+    python launchers/kill_test.py --kills 50 --output docs/results/kill_test
 
 After the last kill the run is let to its end, and compared, row by row and bit by bit, with one that nobody
 disturbed. The table of outcomes goes to OUTPUT.md and OUTPUT.csv.
@@ -59,7 +59,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "kill_test")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "kill_test")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "kill_test")
     args = parser.parse_args()
     options = write_settings(fresh_folder(args.work_dir), {"sync_timeout_s": SYNC_TIMEOUT_S})
     script = [str(ROOT / "launchers" / "pretrain_gpt.py"), *options, "--eval-interval", "0"]

@@ -1,6 +1,6 @@
 """Train a small GPT for long under faults, and compare it with runs that nobody disturbed.
 
-    python launchers/soak_test.py --steps 2000 --output docs/soak_test
+    python launchers/soak_test.py --steps 2000 --output docs/results/soak_test
 
 NaNs, overflows, slow replicas and two crashes, which torchrun answers by restarting the job. Written to OUTPUT.md:
 the losses beside those of undisturbed runs with other seeds, what was left out, and the memory over time.
@@ -56,7 +56,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--precision", choices=("fp16", "fp32"), default="fp16")
     parser.add_argument("--work-dir", type=Path, default=ROOT / "runs" / "soak_test")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "soak_test")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results" / "soak_test")
     args = parser.parse_args()
     keys = {"fp16": {"enabled": True, "initial_scale_power": 12}} if args.precision == "fp16" else {}
     options = write_settings(fresh_folder(args.work_dir), {"sync_timeout_s": 60.0}, **keys)

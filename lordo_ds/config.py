@@ -94,7 +94,7 @@ class Streaming(_Block):
 PRESETS: dict[str, dict[str, Any]] = {
     # The published form of LoRDO (arXiv 2602.04396).
     "paper": {},
-    # What the project's own measurements support best (docs/claims.md).
+    # What the project's own measurements support best (docs/results/claims.md).
     "recommended": {
         "qh_mode": "factored",
         "omega": 0.9,

@@ -159,7 +159,7 @@ def test_chosen_runs_answer_held_out_tasks_at_their_end(finished: Path, tmp_path
     [("claims", "claims", "small"), ("claims_full", "claims", "full"), ("research", "research", "small")],
 )
 def test_the_committed_page_says_what_the_committed_rows_say(page: str, grid: str, tier: str, tmp_path: Path) -> None:
-    docs = ROOT / "docs"
+    docs = ROOT / "docs" / "results"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.csv").write_bytes((docs / f"{page}.csv").read_bytes())
     answers = docs / f"{page}_tasks.csv"
