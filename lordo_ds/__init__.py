@@ -1,14 +1,24 @@
 """LoRDO (arXiv 2602.04396) for DeepSpeed and Megatron: low-rank optimizer states, infrequent communication.
 
-Importing this package registers the optimizer type "LoRDO" with DeepSpeed.
+Where DeepSpeed is installed, importing this package registers the optimizer type "LoRDO" with it. Without DeepSpeed
+everything works but what takes one of its engines.
 """
 
-from lordo_ds.adapters.deepspeed.api import data_sampler, hook, load_checkpoint, save_checkpoint, status
-from lordo_ds.adapters.deepspeed.registration import register, unregister
-from lordo_ds.adapters.deepspeed.zero_init import zero_init_group
+from importlib.util import find_spec
+from typing import Any
+
 from lordo_ds.config import LordoConfig
 from lordo_ds.errors import CheckpointError, ConfigError, SyncError
+from lordo_ds.handle import data_sampler, hook
 from lordo_ds.optimizer import LoRDO
+from lordo_ds.status import status
+
+if find_spec("deepspeed") is not None:
+    from lordo_ds.adapters.deepspeed.api import load_checkpoint, save_checkpoint
+    from lordo_ds.adapters.deepspeed.registration import register, unregister
+    from lordo_ds.adapters.deepspeed.zero_init import zero_init_group
+
+    register()
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,4 +37,8 @@ __all__ = [
     "zero_init_group",
 ]
 
-register()
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        raise AttributeError(f"lordo_ds.{name} takes a DeepSpeed engine: pip install 'lordo_ds[deepspeed]'")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch.utils.data import DistributedSampler
+
 from lordo_ds.comm.groups import ReplicaGroups
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.start_table import RunShape
+
+HANDLE = "_lordo_hook"  # the attribute of an engine under which its handle is found
+
+
+def hook(engine: Any) -> Any:
+    """The handle of a LoRDO engine (`EngineHook` for DeepSpeed's), or None for one with another optimizer."""
+    return getattr(engine, "__dict__", {}).get(HANDLE)
+
+
+# What does the same where there is no engine.
+_ALONE = {
+    "data_sampler()": ", and without one a DistributedSampler over all ranks does the same",
+    "save_checkpoint()": ", and without one every rank saves its model's and this state_dict() in a file of its own",
+    "load_checkpoint()": ", and without one every rank loads its own file, the model first",
+}
+
+
+def require_hook(engine: Any, what: str = "this function") -> Any:
+    """`hook`, of an engine that must have one.
+
+    Raises:
+        ValueError: it has another optimizer, or is none.
+    """
+    found = hook(engine)
+    if found is None and isinstance(engine, LoRDO):
+        raise ValueError(f"LoRDO: got a LoRDO optimizer: {what} takes a DeepSpeed engine{_ALONE.get(what, '')}")
+    if found is None:
+        raise ValueError('LoRDO: this engine was not built with "optimizer": {"type": "LoRDO"}')
+    return found
+
+
+def data_sampler(dataset: Any, engine: Any, shuffle: bool = True, seed: int = 0) -> DistributedSampler[Any]:
+    """A sampler that gives every data-parallel rank of every replica its own part of the dataset."""
+    found = require_hook(engine, "data_sampler()")
+    return DistributedSampler(
+        dataset, num_replicas=found.data_parallel_size, rank=found.data_parallel_rank, shuffle=shuffle, seed=seed
+    )
 
 
 class RunHandle:
@@ -22,6 +63,10 @@ class RunHandle:
     @property
     def zero_stage(self) -> int:
         return 0
+
+    def setting_texts(self) -> dict[str, str]:
+        """The engine's own settings that all ranks must have alike, as texts by their keys."""
+        return {}
 
     @property
     def driver(self) -> str:

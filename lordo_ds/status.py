@@ -7,7 +7,7 @@ from typing import Any
 
 from lordo_ds.alone import shape_alone
 from lordo_ds.comm.ledger import data_parallel_bytes
-from lordo_ds.handle import RunHandle
+from lordo_ds.handle import RunHandle, require_hook
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.start_table import RunShape, border_copy_bytes, start_table, state_bytes
 from lordo_ds.sync.outer_sync import OuterSync
@@ -26,6 +26,17 @@ def bytes_inside(sync: OuterSync) -> dict[str, int]:
         "twins": sync.wire.twins.ledger.total_bytes,
         "everyone": inside.everyone.ledger.total_bytes,
     }
+
+
+def status(engine: Any) -> dict[str, Any]:
+    """Sizes of the mesh, steps, parameter counts, state bytes and bytes sent by kind, last sync; plain values.
+
+    Args:
+        engine: a DeepSpeed engine, or a LoRDO optimizer that is used alone and has made a step.
+    """
+    if isinstance(engine, LoRDO) and not engine.managed:
+        return status_alone(engine)
+    return status_of(require_hook(engine))
 
 
 def status_of(run: RunHandle) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     run_slow = config.getoption("--slow") or "slow" in (config.getoption("markexpr") or "")
     reasons = {
         "gpu": _no_gpu(),
-        "deepspeed": _missing("deepspeed", "pip install -e ."),
+        "deepspeed": _missing("deepspeed", "pip install -e '.[deepspeed]'"),
         "megatron": _missing("megatron.core", "pip install -e '.[megatron]'"),
         "hf": _missing("transformers", "pip install -e '.[hf]'"),
         "slow": None if run_slow else "takes minutes: run with --slow or -m slow",

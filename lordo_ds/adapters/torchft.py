@@ -26,11 +26,10 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
-from lordo_ds.adapters.deepspeed.hook import hook
-from lordo_ds.adapters.deepspeed.start import configuration_texts
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.errors import SyncError
+from lordo_ds.handle import hook
 from lordo_ds.optimizer import SYNC_COUNTERS, LoRDO
 from lordo_ds.sync.alike import Start, require_like, start_of_replica
 from lordo_ds.sync.faults import Faults
@@ -279,7 +278,7 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
     sync.faults = _faults(optimizer, wire)
     for item in sync.items:  # one replica alone keeps none where it can do without
         item.state.setdefault("anchor", sync._place(item.weight))
-    more = {} if engine is None else configuration_texts(engine.engine._config)
+    more = {} if engine is None else engine.setting_texts()
     membership = Membership(optimizer, manager, wire, start_of_replica(optimizer.config, sync.items, more))
     optimizer._cross_replicas = membership.cross_replicas  # type: ignore[method-assign]
     optimizer.final_sync = membership.final_sync  # type: ignore[method-assign]

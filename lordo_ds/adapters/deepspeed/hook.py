@@ -17,6 +17,7 @@ from lordo_ds.adapters.deepspeed.loading import keep_replicas_apart
 from lordo_ds.adapters.deepspeed.model_watch import watch_engine
 from lordo_ds.adapters.deepspeed.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.deepspeed.saved_files import tell_header
+from lordo_ds.adapters.deepspeed.start import configuration_texts
 from lordo_ds.adapters.deepspeed.state_access import refuse_optimizer_states
 from lordo_ds.adapters.deepspeed.support import check_engine
 from lordo_ds.adapters.deepspeed.wrappers import (
@@ -36,7 +37,7 @@ from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.comm.ledger import data_parallel_bytes
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.grouping import model_facts
-from lordo_ds.handle import RunHandle
+from lordo_ds.handle import HANDLE, RunHandle
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.start_table import show_messages
 from lordo_ds.status import describe_start, sync_events
@@ -44,12 +45,6 @@ from lordo_ds.status import describe_start, sync_events
 logger = logging.getLogger("lordo_ds")
 
 DEEPSPEED_VERSION = "DeepSpeed 0.19.8"
-_HOOK = "_lordo_hook"
-
-
-def hook(engine: Any) -> EngineHook | None:
-    """The hook of a LoRDO engine, or None for an engine with another optimizer."""
-    return getattr(engine, "__dict__", {}).get(_HOOK)
 
 
 class EngineHook(RunHandle):
@@ -70,7 +65,7 @@ class EngineHook(RunHandle):
         check_engine(engine, groups)
         show_messages(engine.global_rank)
         hook = cls(engine, groups)
-        setattr(engine, _HOOK, hook)
+        setattr(engine, HANDLE, hook)
         hook._attach_optimizer(engine)
         hook._replace_methods(engine)
         if training_data is not None:
@@ -132,6 +127,9 @@ class EngineHook(RunHandle):
     @property
     def zero_stage(self) -> int:
         return int(self.engine.zero_optimization_stage())
+
+    def setting_texts(self) -> dict[str, str]:
+        return configuration_texts(self.engine._config)
 
     def _after_final_sync(self, steps_taken_over: int) -> None:
         self._after_sync()
