@@ -24,9 +24,10 @@ from lordo_ds.checkpoint.bounds import check_cover, check_header, is_held
 from lordo_ds.checkpoint.files import find_tag, read_complete, read_saved
 from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.header import Counters, FragmentLayout, Header, Untrained
-from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, check_part, check_plain, join
+from lordo_ds.checkpoint.pieces import Place, State, check_part, check_plain, join
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun, mean_rows
 from lordo_ds.core.slices import join_slices
+from lordo_ds.core.state import PLAIN_VALUES
 from lordo_ds.errors import CheckpointError
 
 _FOLDER = re.compile(r"replica_(\d+)")

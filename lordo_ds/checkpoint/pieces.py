@@ -25,14 +25,12 @@ from lordo_ds.checkpoint.bounds import is_held
 from lordo_ds.checkpoint.header import LARGEST, FragmentLayout
 from lordo_ds.core.fragments import Interval, MatrixShards
 from lordo_ds.core.slices import cut_slice, join_slices
+from lordo_ds.core.state import BY_NAME, KEPT, PLAIN_VALUES, required
 from lordo_ds.errors import CheckpointError
 
 State = dict[str, Any]
-_BY_COLUMNS = {"exp_avg": 1, "exp_avg_sq": 1, "col_mean_sq": 0}  # which dimension l is
-_BY_BASIS_ROWS = ("basis", "row_mean_sq")
-PLAIN_VALUES: dict[str, type] = {"step": int, "has_basis": bool}
-REQUIRED = ("step", "exp_avg", "exp_avg_sq")
-REQUIRED_OF_MATRICES = (*REQUIRED, "basis", "has_basis")
+_BY_COLUMNS = {kept.name: dim for kept in KEPT if (dim := kept.dim("l")) is not None}  # which dimension l is
+_BY_BASIS_ROWS = tuple(kept.name for kept in KEPT if "s" in kept.axes)
 
 
 @dataclass(frozen=True)
@@ -70,9 +68,8 @@ class Place:
         if not layout.low_rank or key not in (*_BY_COLUMNS, *_BY_BASIS_ROWS):
             return layout.shape
         other, side = layout.shape if layout.side == "columns" else layout.shape[::-1]
-        return {
-            "col_mean_sq": (other,), "row_mean_sq": (side,), "basis": (side, layout.rank),
-        }.get(key, (layout.rank, other))  # fmt: skip
+        length = {"s": side, "l": other, "r": layout.rank}
+        return tuple(length[axis] for axis in BY_NAME[key].axes)
 
 
 @lru_cache(maxsize=64)
@@ -100,7 +97,7 @@ def check_part(saved: Mapping[str, Any], place: Place, where: str) -> None:
         CheckpointError: naming the parameter and the entry.
     """
     layout = place.layout
-    for key in REQUIRED_OF_MATRICES if layout.low_rank else REQUIRED:
+    for key in required(layout.low_rank):
         if key not in saved:
             raise CheckpointError(f"LoRDO: {where}: the state of {layout.name} has no {key!r}: it is damaged")
     for key, value in saved.items():

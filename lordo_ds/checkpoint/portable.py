@@ -34,6 +34,7 @@ from lordo_ds.checkpoint.header import (
 from lordo_ds.checkpoint.pieces import Place, State, check_part
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.checkpoint.tensor_file import DTYPES, TensorFile, TensorWriter
+from lordo_ds.core.state import KEPT
 from lordo_ds.disk import write_text
 from lordo_ds.errors import CheckpointError
 
@@ -43,9 +44,7 @@ _SHARED = "shared.safetensors"
 _ENGINE = "engine.pt"
 _UNTRAINED = "untrained"
 # Every name that a parameter's tensors may have.
-_KEYS = (
-    "weight", "anchor", "outer_momentum", "exp_avg", "exp_avg_sq", "basis", "error", "row_mean_sq", "col_mean_sq",
-)  # fmt: skip
+_KEYS = ("weight", *(kept.name for kept in KEPT))
 
 
 class _Parameter(BaseModel):

@@ -21,10 +21,8 @@ from lordo_ds.checkpoint.pieces import State
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.core.basis import fill_up
 from lordo_ds.core.inner import rescale_bias_correction
+from lordo_ds.core.state import BY_NAME
 from lordo_ds.errors import CheckpointError
-
-# Running averages, and which beta they follow.
-MOMENTS = {"exp_avg": 0, "exp_avg_sq": 1, "row_mean_sq": 1, "col_mean_sq": 1}
 
 
 class ReshapedRun(SavedRun):
@@ -126,11 +124,12 @@ def mean_state(states: list[State], betas: tuple[float, float]) -> State:
     for name, tensor in first.items():
         if not isinstance(tensor, Tensor) or name in ("weight", "anchor", "outer_momentum", "basis"):
             continue
-        if name in MOMENTS:
+        which = BY_NAME[name].beta if name in BY_NAME else None
+        if which is not None:
             if own_bases:
                 continue
-            beta = betas[MOMENTS[name]]
-            first[name] = _mean([one[name] * rescale_bias_correction(beta, int(one["step"]), step) for one in states])
+            scales = [rescale_bias_correction(betas[which], int(one["step"]), step) for one in states]
+            first[name] = _mean([one[name] * scale for one, scale in zip(states, scales, strict=True)])
         else:
             first[name] = _mean([one[name] for one in states])
     if not own_bases:

@@ -20,6 +20,10 @@ class SyncPlan:
     average_exp_avg: bool = False
     average_exp_avg_sq: bool = False
 
+    def averages(self, beta: int) -> bool:
+        """Whether running averages that follow that one of the two betas are averaged over the replicas."""
+        return self.average_exp_avg_sq if beta else self.average_exp_avg
+
 
 def sync_plan(config: LordoConfig, step: int) -> SyncPlan:
     """The sync at the end of attempted step `step` (counted from 1).

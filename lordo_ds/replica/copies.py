@@ -116,7 +116,7 @@ class TiedCopies:
         """Give all stages the first one's weights, and moments where they were averaged. Collective."""
         for item, weight in self.pairs:
             names = [name for name in ("outer_momentum",) if name in item.state]
-            names += [name for name, _, _ in item.moments()] if moments else []
+            names += [kept.name for kept, _, _ in item.moments()] if moments else []
             for tensor in [item.weight, *(item.state[name] for name in names)]:
                 self._republish_tensor_(tensor, item, weight)
             if "anchor" in item.state:

@@ -15,9 +15,8 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import Interval, MatrixShards, Tile
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.inner import StepSettings
+from lordo_ds.core.state import MOMENTS, Kept
 
-# Running averages and which of the two betas they follow.
-MOMENTS = {"exp_avg": 0, "exp_avg_sq": 1, "row_mean_sq": 1, "col_mean_sq": 1}
 _ERROR_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -190,11 +189,11 @@ class Fragment:
     def error(self) -> Tensor | None:
         return self.state.get("error")
 
-    def moments(self) -> Iterator[tuple[str, Tensor, float]]:
-        """(name, tensor, its beta) of every running average."""
-        for name, which in MOMENTS.items():
-            if name in self.state:
-                yield name, self.state[name], self.betas[which]
+    def moments(self) -> Iterator[tuple[Kept, Tensor, float]]:
+        """(its row in the table, tensor, its beta) of every running average."""
+        for kept in MOMENTS:
+            if kept.beta is not None and kept.name in self.state:
+                yield kept, self.state[kept.name], self.betas[kept.beta]
 
     @property
     def slices(self) -> InsideComm:

@@ -34,25 +34,23 @@ def common_moments_(
         steps: (replicas, len(bucket)), every replica's t of each fragment.
         takes_part: whether this replica is among the participants; otherwise its moments count as zero.
     """
-    due: dict[str, list[tuple[Tensor, float]]] = {"exp_avg": [], "exp_avg_sq": []}
+    # By which beta they follow: row and column means go with exp_avg_sq.
+    due: tuple[list[tuple[Tensor, float]], list[tuple[Tensor, float]]] = ([], [])
     for column, item in enumerate(bucket):
         counts = steps[participants, column]
         common = int(counts.max())
         givers = int((counts > 0).sum()) if common else len(participants)
         shared = item.plan.low_rank or config.average_dense_moments
-        for name, tensor, beta in item.moments():
+        for kept, tensor, beta in item.moments():
             if takes_part:
                 tensor.mul_(rescale_bias_correction(beta, item.step, common))
             else:
                 tensor.zero_()
-            # Row and column means go with exp_avg_sq, whose beta they share.
-            kind, is_due = (
-                ("exp_avg", plan.average_exp_avg) if name == "exp_avg" else ("exp_avg_sq", plan.average_exp_avg_sq)
-            )
-            if is_due and shared and tensor.numel():
-                due[kind].append((tensor, 1.0 / givers))
+            assert kept.beta is not None
+            if plan.averages(kept.beta) and shared and tensor.numel():
+                due[kept.beta].append((tensor, 1.0 / givers))
         item.state["step"] = common
-    for kind, chosen in due.items() if wire.replicas > 1 else ():
+    for kind, chosen in zip(("exp_avg", "exp_avg_sq"), due, strict=True) if wire.replicas > 1 else ():
         if chosen:
             flat = torch.cat([tensor.flatten() * weight for tensor, weight in chosen])
             wire.sum_(flat, kind)

@@ -356,12 +356,9 @@ class OuterSync:
             wire_width = 2 if self.config.pseudo_gradient_dtype == "bf16" else width
             sent += self.wire.sum_bytes(sum(item.numel for item in bucket), wire_width)
             averaged = [i for i in bucket if i.plan.low_rank or self.config.average_dense_moments]
-            for due, names in (
-                (plan.average_exp_avg, ("exp_avg",)),
-                (plan.average_exp_avg_sq, ("exp_avg_sq", "row_mean_sq", "col_mean_sq")),
-            ):
-                moments = sum(i.state[n].numel() for i in averaged for n in names if n in i.state)
-                sent += self.wire.sum_bytes(moments, width) if due and moments else 0
+            for beta in (0, 1):
+                moments = sum(t.numel() for i in averaged for kept, t, _ in i.moments() if kept.beta == beta)
+                sent += self.wire.sum_bytes(moments, width) if plan.averages(beta) and moments else 0
             if plan.refresh_basis and self.config.basis_source == "gradient" and not self.bases.each_replica_its_own:
                 sent += sum(self.wire.sum_bytes(i.numel, width) for i in bucket if i.has_basis)
         return sent

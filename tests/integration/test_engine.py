@@ -412,7 +412,7 @@ def nan_on_some_replicas(bad: dict[int, list[int]], optimizer: dict[str, Any], s
     return {
         "weights": weights(engine),
         "status": lordo_ds.status(engine),
-        "moments": {i.plan.name: {name: t.clone() for name, t, _ in i.moments()} for i in items},
+        "moments": {i.plan.name: {kept.name: t.clone() for kept, t, _ in i.moments()} for i in items},
     }
 
 

@@ -18,12 +18,13 @@ from lordo_ds.checkpoint.files import verify
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.header import Header
 from lordo_ds.checkpoint.open import open_run
-from lordo_ds.checkpoint.pieces import PLAIN_VALUES, Place, State, cut
+from lordo_ds.checkpoint.pieces import Place, State, cut
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.reshaped_run import ReshapedRun, check_settings, with_rank
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.comm.agreement import agreed
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
+from lordo_ds.core.state import PLAIN_VALUES
 from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.replica.fragment import Fragment
