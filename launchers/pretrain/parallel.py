@@ -103,64 +103,12 @@ def counted_here(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def use_right_norms(engine: Any) -> None:
-    """Mend the gradient norm of DeepSpeed 0.19.8 at stage 0 with tensor or pipeline parallelism.
-
-    In fp32 it leaves out, on later stages, every parameter that is not cut, and counts a tied weight twice; in half
-    precision, on all tensor-parallel ranks but the first, it leaves out everything. Gradients would be clipped by
-    what is left. From stage 1 on the norm is right. The norm is computed even where nothing is clipped.
-    """
-    import functools
-
-    from lordo_ds.adapters.patching import replace_method
-
-    if engine.zero_optimization():
-        return
-    half = engine.fp16_enabled() or engine.bfloat16_enabled()
-
-    def with_norm(take_step: Any) -> Any:
-        @functools.wraps(take_step)
-        def take_model_step(lr_kwargs: Any) -> Any:
-            if half:
-                _tell_gradients_what_they_are_of(engine.module)
-            else:
-                engine._global_grad_norm = gradient_norm(engine.module)
-            return take_step(lr_kwargs)
-
-        return take_model_step
-
-    def by_this_norm(_: Any) -> Any:
-        def clip_fp32_gradients() -> None:
-            factor = engine.gradient_clipping() / (engine._global_grad_norm + 1e-6)
-            if factor < 1:
-                for parameter in engine.module.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
-
-        return clip_fp32_gradients
-
-    version = "DeepSpeed 0.19.8"
-    replace_method(engine, "_take_model_step", ("lr_kwargs",), with_norm, version)
-    replace_method(engine, "clip_fp32_gradients", (), by_this_norm, version)
-
-
-def gradient_norm(module: nn.Module) -> float:
-    """2-norm of the whole model's gradient. Collective over stages and tensor-parallel ranks."""
-    import torch
-    import torch.distributed as dist
-    from deepspeed.accelerator import get_accelerator
+    """Mend the norm of gradients that DeepSpeed 0.19.8 takes at stage 0 on a model-parallel mesh, as for LoRDO."""
     from megatron.core import parallel_state
 
-    gradients = [p.grad for p in counted_here(module) if p.grad is not None]
-    square = torch.zeros((), dtype=torch.float64, device=get_accelerator().current_device_name())
-    if gradients:
-        square += torch.nn.utils.get_total_norm(gradients).double() ** 2
-    dist.all_reduce(square, group=parallel_state.get_model_parallel_group())
-    return float(square.sqrt())
+    from lordo_ds.adapters.deepspeed import stage0
+    from lordo_ds.adapters.deepspeed.hook import DEEPSPEED_VERSION
 
-
-def _tell_gradients_what_they_are_of(module: nn.Module) -> None:
-    # The half-precision wrapper asks the gradient, not its parameter, what is to be counted.
-    for parameter in module.parameters():
-        for attribute in ("tensor_model_parallel", "ds_pipe_replicated"):
-            if parameter.grad is not None and hasattr(parameter, attribute):
-                setattr(parameter.grad, attribute, getattr(parameter, attribute))
+    if not engine.zero_optimization():
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        stage0.own_norm(engine, tensor, parallel_state.get_model_parallel_group(), DEEPSPEED_VERSION)

@@ -53,8 +53,8 @@ def sizes_of(items: Sequence[Fragment], with_pseudo_gradient: bool) -> list[floa
 def kept_tensors(item: Fragment) -> Iterator[tuple[str, Tensor]]:
     """Everything of a fragment that can break, by the name of its size."""
     yield "weight", item.weight
-    for name, tensor, _ in item.moments():
-        yield name, tensor
+    for kept, tensor, _ in item.moments():
+        yield kept.name, tensor
     if item.error is not None:
         yield "error", item.error
 

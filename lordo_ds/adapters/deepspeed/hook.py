@@ -211,7 +211,9 @@ class EngineHook(RunHandle):
         keep_replicas_apart(engine, self.groups, hook._restart_from_weights, DEEPSPEED_VERSION)
         replace_method(engine, "load_checkpoint", ("load_dir", "tag"), and_remember, DEEPSPEED_VERSION)
         replace_method(engine, "save_checkpoint", ("save_dir", "tag"), with_loaded_weights, DEEPSPEED_VERSION)
-        stage0.own_norm(engine, self.groups, DEEPSPEED_VERSION)
+        stage0.own_norm(
+            engine, self.groups.tensor, self.groups.inside, DEEPSPEED_VERSION, self.groups.layout.replica_size
+        )
         refuse_optimizer_states(engine, DEEPSPEED_VERSION)
         if is_pipeline(engine):
             replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION, True)

@@ -22,12 +22,16 @@ from deepspeed.runtime.utils import is_model_parallel_parameter
 from torch import Tensor, nn
 
 from lordo_ds.adapters.patching import replace_method
-from lordo_ds.comm.groups import ReplicaGroups
 
 
-def own_norm(engine: Any, groups: ReplicaGroups, version: str) -> None:
-    """Let this engine clip, and skip steps, by the norm over the whole replica."""
-    norm = functools.partial(gradient_norm, groups=groups, device=engine.device)
+def own_norm(engine: Any, tensor: dist.ProcessGroup, holders: dist.ProcessGroup, version: str, copies: int = 1) -> None:
+    """Let this engine clip, and skip steps, by the norm over the whole model.
+
+    Args:
+        tensor: the tensor-parallel ranks.
+        holders: ranks that hold the whole model, `copies` times over, with equal gradients.
+    """
+    norm = functools.partial(gradient_norm, tensor=tensor, holders=holders, copies=copies, device=engine.device)
     engine.clip_fp32_gradients = functools.partial(_clip_fp32_gradients, engine, norm)
     wrapper = engine.optimizer
     if type(wrapper) is FP16_UnfusedOptimizer:
@@ -38,13 +42,19 @@ def own_norm(engine: Any, groups: ReplicaGroups, version: str) -> None:
         replace_method(wrapper, "get_grads_for_norm", ("for_clipping",), make, version)
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter], groups: ReplicaGroups, device: torch.device) -> Tensor:
-    """2-norm of the gradients of a replica, float32; equal on all of its ranks. Collective inside the replica.
+def gradient_norm(
+    parameters: Iterable[nn.Parameter],
+    tensor: dist.ProcessGroup,
+    holders: dist.ProcessGroup,
+    copies: int,
+    device: torch.device,
+) -> Tensor:
+    """2-norm of the gradients of a model, float32; equal on all holders. Collective over them; see `own_norm`.
 
     Slices of tensor-parallel parameters count on every tensor rank, the others on the first; copies that later
     pipeline stages hold of tied weights do not count.
     """
-    first = dist.get_rank(groups.tensor) == 0
+    first = dist.get_rank(tensor) == 0
     norms = [
         torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         for parameter in parameters
@@ -55,9 +65,9 @@ def gradient_norm(parameters: Iterable[nn.Parameter], groups: ReplicaGroups, dev
     squares = torch.zeros(1, dtype=torch.float64, device=device)
     if norms:
         squares += torch.stack(norms).double().square().sum()
-    if dist.get_world_size(groups.inside) > 1:
-        dist.all_reduce(squares, group=groups.inside)
-        squares /= groups.layout.replica_size  # its data-parallel ranks hold the same gradients
+    if dist.get_world_size(holders) > 1:
+        dist.all_reduce(squares, group=holders)
+        squares /= copies
     return squares.sqrt().float().squeeze(0)
 
 
