@@ -31,17 +31,12 @@ def checked_model(module: nn.Module, parameters: Mapping[str, Any], in_buffers: 
     Args:
         in_buffers: the wrapper keeps them in flat buffers and writes there: other storage would never change again.
     """
-    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
+    check_shapes = unresized(parameters)
     storage = {name: parameter.data_ptr() for name, parameter in parameters.items() if in_buffers}
 
     def check(all_of_it: bool) -> None:
+        check_shapes()
         for name, parameter in parameters.items():
-            now = getattr(parameter, "ds_shape", parameter.shape)
-            if now != shapes[name]:
-                raise ConfigError(
-                    f"LoRDO: {name} was resized from {tuple(shapes[name])} to {tuple(now)} after its training was set "
-                    "up, and the optimizer steps the old one: resize the model before deepspeed.initialize"
-                )
             if in_buffers and parameter.data_ptr() != storage[name]:
                 raise ConfigError(
                     f"LoRDO: {name} was given other storage (parameter.data = ...), which DeepSpeed does not step: "
@@ -54,6 +49,22 @@ def checked_model(module: nn.Module, parameters: Mapping[str, Any], in_buffers: 
                 raise ConfigError(
                     f"LoRDO: {gone[0]} was replaced by another parameter after its training was set up, and the "
                     "optimizer steps the old one: resize or replace it before deepspeed.initialize"
+                )
+
+    return check
+
+
+def unresized(parameters: Mapping[str, Any]) -> Callable[[], None]:
+    """Refuses parameters of another shape than they have now."""
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
+
+    def check() -> None:
+        for name, parameter in parameters.items():
+            now = getattr(parameter, "ds_shape", parameter.shape)
+            if now != shapes[name]:
+                raise ConfigError(
+                    f"LoRDO: {name} was resized from {tuple(shapes[name])} to {tuple(now)} after its training was set "
+                    "up, and the optimizer steps the old one: resize the model before deepspeed.initialize"
                 )
 
     return check

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lordo_ds.adapters.deepspeed import stage0
 from lordo_ds.adapters.deepspeed.global_mpu import lend_to_engine, taken_from, users_mpu
 from lordo_ds.adapters.deepspeed.loading import keep_replicas_apart
-from lordo_ds.adapters.deepspeed.model_watch import watch_engine
+from lordo_ds.adapters.deepspeed.model_watch import unresized_before, watch_engine
 from lordo_ds.adapters.deepspeed.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.deepspeed.saved_files import tell_header
 from lordo_ds.adapters.deepspeed.start import configuration_texts
@@ -215,6 +215,8 @@ class EngineHook(RunHandle):
             engine, self.groups.tensor, self.groups.inside, DEEPSPEED_VERSION, self.groups.layout.replica_size
         )
         refuse_optimizer_states(engine, DEEPSPEED_VERSION)
+        if not is_pipeline(engine):
+            replace_method(engine, "forward", ("args", "kwargs"), unresized_before(engine), DEEPSPEED_VERSION)
         if is_pipeline(engine):
             replace_method(engine, "_build_data_iter", ("dataset",), over_all_ranks, DEEPSPEED_VERSION, True)
         if stage0.loss_scale(engine) is None:

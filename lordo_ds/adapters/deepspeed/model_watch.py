@@ -6,7 +6,8 @@ into the model meanwhile would be lost without a word. Written against DeepSpeed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -18,7 +19,7 @@ from lordo_ds.comm.inside import InsideComm
 from lordo_ds.core.fragments import Interval
 from lordo_ds.core.grouping import ParameterFacts
 from lordo_ds.optimizer import LoRDO
-from lordo_ds.replica.model_copy import ModelCopy, checked_model, whole_copy
+from lordo_ds.replica.model_copy import ModelCopy, checked_model, unresized, whole_copy
 from lordo_ds.replica.outside_changes import OutsideChanges
 
 
@@ -40,6 +41,22 @@ def watch_engine(engine: Any, outside: OutsideChanges, facts: Mapping[nn.Paramet
         same_on = None
     in_buffers = bool(copies) and type(wrapper) not in (DeepSpeedZeroOptimizer_Stage3, FP16_UnfusedOptimizer)
     outside.watch(copies, checked_model(engine.module, parameters, in_buffers), same_on)
+
+
+def unresized_before(engine: Any) -> Callable[[Any], Any]:
+    """Makes the engine's forward pass refuse resized parameters; autograd would, at ZeRO's hooks, without a name."""
+    trained = held_intervals(engine)
+    check = unresized({name: parameter for name, parameter in engine.module.named_parameters() if parameter in trained})
+
+    def make(original: Any) -> Any:
+        @functools.wraps(original)
+        def forward(*inputs: Any, **kwargs: Any) -> Any:
+            check()
+            return original(*inputs, **kwargs)
+
+        return forward
+
+    return make
 
 
 def _partition(parameter: Any, held: Interval) -> ModelCopy:
