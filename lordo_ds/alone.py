@@ -19,6 +19,7 @@ from lordo_ds.comm.groups import of_all_ranks, replica_groups
 from lordo_ds.comm.inside import InsideComm
 from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.comm.wrapped import refuse_splitting
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts
@@ -122,7 +123,7 @@ def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | 
 
 
 def agreed_tensors(
-    config: LordoConfig, param_groups: Sequence[Mapping[str, Any]], model: GivenModel | None
+    optimizer: Any, config: LordoConfig, param_groups: Sequence[Mapping[str, Any]], model: GivenModel | None
 ) -> list[FlatTensor]:
     """`flat_tensors`, once all ranks were found to be started alike. Collective over all ranks where there are several.
 
@@ -133,6 +134,7 @@ def agreed_tensors(
         return flat_tensors(param_groups, model)
     flats: list[FlatTensor] = []
     try:
+        refuse_splitting(optimizer)
         flats = flat_tensors(param_groups, model)
         start = start_alone(config, param_groups, {id(flat.tensor): flat.pieces[0].facts.name for flat in flats})
     except ConfigError as error:

@@ -35,7 +35,7 @@ from lordo_ds.checkpoint.header import (
 from lordo_ds.comm.agreement import agreed, reseeded_later
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.comm.wrapped import refuse_wrappers
+from lordo_ds.comm.wrapped import refuse_averaging
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor, bucket_bounds
@@ -208,11 +208,11 @@ class LoRDO(torch.optim.Optimizer):
         """Without an engine: names from the model or the groups, replicas from torch.distributed. Collective."""
         self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
         with self.watchdog.starting():
-            flats = agreed_tensors(self.config, self.param_groups, self._model)
+            flats = agreed_tensors(self, self.config, self.param_groups, self._model)
             wire, twins = replicas_of_torch(self.config.replica_size)
         if wire.replicas > 1:
             replica = dist.get_process_group_ranks(twins.group)
-            refuse_wrappers(self, {flat.tensor for flat in flats}, replica)
+            refuse_averaging({flat.tensor for flat in flats}, replica)
         device = flats[0].tensor.device if flats else torch.device("cpu")
         if not resuming:
             equalise_model(self._model, flats, wire, device)

@@ -16,8 +16,8 @@ from lordo_ds.errors import ConfigError
 _ZERO_MODULE = "torch.distributed.optim.zero_redundancy_optimizer"
 
 
-def refuse_wrappers(optimizer: object, tensors: Collection[Tensor], replica: Sequence[int]) -> None:
-    """Refuse a DistributedDataParallel that reaches over this replica, and a ZeroRedundancyOptimizer.
+def refuse_averaging(tensors: Collection[Tensor], replica: Sequence[int]) -> None:
+    """Refuse a DistributedDataParallel that reaches over this replica.
 
     A parameter does not tell that a DistributedDataParallel will reduce its gradient: the hook is in C++. So all live
     ones are looked for, once, among the objects that the garbage collector knows.
@@ -36,6 +36,14 @@ def refuse_wrappers(optimizer: object, tensors: Collection[Tensor], replica: Seq
                 f"replica is {list(replica)}: train the model without it (LoRDO averages the replicas itself), or "
                 "give it the replica's ranks as process_group"
             )
+
+
+def refuse_splitting(optimizer: object) -> None:
+    """Refuse a ZeroRedundancyOptimizer around this one.
+
+    Raises:
+        ConfigError: with what to do.
+    """
     module = sys.modules.get(_ZERO_MODULE)
     for wrapper in _live([module.ZeroRedundancyOptimizer] if module is not None else []):
         if getattr(wrapper, "optim", None) is optimizer:

@@ -39,15 +39,15 @@ def check_same_everywhere(found: list[dict[str, str]], expected: dict[str, tuple
 
 ALONE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "same": ({}, ()),
-    "lr": ({"lr": 2e-3}, ("optimizer.params.lr is 0.001 on ranks 0, 1 and 0.002 on rank 2",)),
-    "weight decay": ({"weight_decay": 0.1}, ("optimizer.params.weight_decay is 0.0 on", "0.1 on rank 2")),
-    "qh_mode": ({"qh_mode": "factored"}, ("optimizer.params.qh_mode is 'full_rank'", "'factored' on rank 2")),
-    "error_feedback": ({"error_feedback": "bf16"}, ("optimizer.params.error_feedback",)),
-    "min_participants": ({"min_participants": 2}, ("optimizer.params.min_participants",)),
-    "sync_interval": ({"sync_interval": 4}, ("optimizer.params.sync_interval is 2", "4 on rank 2")),
-    "wire dtype": ({"pseudo_gradient_dtype": "bf16"}, ("optimizer.params.pseudo_gradient_dtype",)),
-    "moment interval": ({"moment_sync_interval": "never"}, ("optimizer.params.moment_sync_interval",)),
-    "outer momentum": ({"outer": {"momentum": 0.5}}, ("optimizer.params.outer.momentum is 0.0", "0.5 on rank 2")),
+    "lr": ({"lr": 2e-3}, ("lr is 0.001 on ranks 0, 1 and 0.002 on rank 2",)),
+    "weight decay": ({"weight_decay": 0.1}, ("weight_decay is 0.0 on", "0.1 on rank 2")),
+    "qh_mode": ({"qh_mode": "factored"}, ("qh_mode is 'full_rank'", "'factored' on rank 2")),
+    "error_feedback": ({"error_feedback": "bf16"}, ("error_feedback",)),
+    "min_participants": ({"min_participants": 2}, ("min_participants",)),
+    "sync_interval": ({"sync_interval": 4}, ("sync_interval is 2", "4 on rank 2")),
+    "wire dtype": ({"pseudo_gradient_dtype": "bf16"}, ("pseudo_gradient_dtype",)),
+    "moment interval": ({"moment_sync_interval": "never"}, ("moment_sync_interval",)),
+    "outer momentum": ({"outer": {"momentum": 0.5}}, ("outer.momentum is 0.0", "0.5 on rank 2")),
     "what may differ": ({"sync_timeout_s": 60.0, "anchor": {"device": "cpu"}}, ()),
 }
 
@@ -260,9 +260,9 @@ def odd_in_megatron() -> dict[str, str]:
 def test_megatrons_own_loop_is_compared_too() -> None:
     expected = {
         "replica_size": ("replica_size is 1 on rank 0 and 2 on rank 1",),
-        "setting": ("optimizer.params.qh_mode is 'full_rank' on rank 0 and 'factored' on rank 1",),
-        "illegal": ("optimizer.params.rank = 0 must be", "(so on rank 1 only)"),
-        "lr": ("optimizer.params.lr is 0.01 on rank 0 and 0.02 on rank 1",),
+        "setting": ("qh_mode is 'full_rank' on rank 0 and 'factored' on rank 1",),
+        "illegal": ("rank = 0 must be", "(so on rank 1 only)"),
+        "lr": ("lr is 0.01 on rank 0 and 0.02 on rank 1",),
         "clipping": ("OptimizerConfig.clip_grad is 1.0 on rank 0 and 2.0 on rank 1",),
         "dtype": ("OptimizerConfig.bf16 is False on rank 0 and True on rank 1",),
     }
