@@ -330,7 +330,7 @@ def test_a_replica_that_was_started_differently_does_not_join_and_the_others_go_
         return begin
 
     found = in_threads(world, {0: with_word(0), 1: with_word(1), 2: with_word(2, weight_decay=0.1)})
-    assert "optimizer.params.weight_decay is 0.1 here and 0.0 there" in found[2] and not found[0] + found[1]
+    assert "weight_decay is 0.1 here and 0.0 there" in found[2] and not found[0] + found[1]
     assert stories[0].sizes[STEPS] == 2
     assert_all_equal(stories)
 
