@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed_own_tests as tool
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "launchers"))
+from trials import deepspeed_tests_plugin as plugin
 
-import _deepspeed_tests_plugin as plugin  # noqa: E402
-import deepspeed_own_tests as tool  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
