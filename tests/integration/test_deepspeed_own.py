@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -146,3 +147,16 @@ def test_two_optimizers_or_a_function_that_makes_ours_are_refused() -> None:
         assert other.startswith("LoRDO: the configuration asks for LoRDO, and deepspeed.initialize was given SGD")
         assert made.startswith("LoRDO: the configuration asks for LoRDO, and deepspeed.initialize was given a function")
         assert hidden.startswith("LoRDO: deepspeed.initialize was given a function that makes LoRDO")
+
+
+def partitioned_for_another_stage() -> str:
+    with deepspeed.zero.Init(config_dict_or_path=settings(optimizer={"replica_size": "all"})):
+        model = torch.nn.Linear(4, 4)
+    with pytest.raises(ConfigError) as refused:
+        make_engine(settings(optimizer={"replica_size": "all"}), model)
+    return str(refused.value)
+
+
+def test_a_model_of_zero_init_below_stage_3_is_refused_in_its_own_words() -> None:
+    for message in run_ranks(partitioned_for_another_stage, 2):
+        assert message.startswith("LoRDO: deepspeed.zero.Init partitioned weight, but zero_optimization.stage is 0")

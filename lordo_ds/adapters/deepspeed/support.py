@@ -81,7 +81,7 @@ def refuse_unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any = Non
 def replica_groups_for(settings: LordoConfig, model: Any, mpu: Any) -> ReplicaGroups:
     """The groups of the replica mesh. Collective."""
     groups = groups_of_replicas(settings.replica_size, mpu)
-    _check_zero_init(model, groups)
+    _check_zero_init(model, groups, int(config.zero_config.stage))
     return groups
 
 
@@ -193,10 +193,15 @@ def _covers_world(mpu: Any) -> bool:
     return math.prod(sizes) == dist.get_world_size()
 
 
-def _check_zero_init(model: nn.Module, groups: ReplicaGroups) -> None:
-    """A model that `deepspeed.zero.Init` partitioned must be partitioned over the replica."""
+def _check_zero_init(model: nn.Module, groups: ReplicaGroups, stage: int) -> None:
+    """A model that `deepspeed.zero.Init` partitioned must be partitioned over the replica, and trained at stage 3."""
     replica = list(groups.layout.shard_group(dist.get_rank()))
     for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") and stage < 3:
+            raise ConfigError(
+                f"LoRDO: deepspeed.zero.Init partitioned {name}, but zero_optimization.stage is {stage}: use stage 3, "
+                "or build the model without zero.Init"
+            )
         group = getattr(parameter, "ds_process_group", None)
         ranks = replica if group is None else dist.get_process_group_ranks(group)
         if ranks != replica:
