@@ -85,9 +85,11 @@ def main() -> int:
         shutil.copytree(theirs, folder / "tests", dirs_exist_ok=True)
         rows = run_both(folder, chosen, params, options.timeout)
     explain(rows)
-    write_csv(rows, options.output.with_suffix(".csv"))
     of_theirs = git("-C", str(options.checkout.resolve()), "log", "-1", "--format=%h of %cs")
-    options.output.with_suffix(".md").write_text(markdown(rows, params, of_theirs, options.output.name))
+    # Made before anything is written: it says whether the checkout has changes.
+    text = markdown(rows, params, of_theirs, options.output.name)
+    write_csv(rows, options.output.with_suffix(".csv"))
+    options.output.with_suffix(".md").write_text(text)
     unexplained = [row.test for row in rows if row.differs and not row.kind]
     for test in unexplained:
         print(f"unexplained: {test}")
