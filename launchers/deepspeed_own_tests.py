@@ -70,7 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path, help="of DeepSpeed's repository")
     parser.add_argument("--tests", nargs="+", help="files or tests below its tests/; default: those listed in the YAML")
-    parser.add_argument("--replica-size", default=1, help="of LoRDO, as in its JSON block; default: 1")
+    parser.add_argument("--replica-size", type=_size, default=1, help="of LoRDO, as in its JSON block; default: 1")
     parser.add_argument("--timeout", type=float, default=90.0, help="seconds for one test")
     parser.add_argument("--work-dir", type=Path, help="keeps what the tests said; what passed there is not run again")
     parser.add_argument("--output", type=Path, default=Path("deepspeed_own_tests"))
@@ -94,6 +94,10 @@ def main() -> int:
     for test in unexplained:
         print(f"unexplained: {test}")
     return 1 if unexplained else 0
+
+
+def _size(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
 
 
 # -- running -----------------------------------------------------------------------------------------
