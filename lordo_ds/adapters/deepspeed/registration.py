@@ -102,7 +102,7 @@ def _wrap_init(original: Any) -> Any:
             original(self, args, model, **given)
             refuse_hidden_optimizer(self)
             return
-        groups = replica_groups_for(settings, model, mpu)
+        groups = replica_groups_for(settings, config, model, mpu)
         _adopt_client_optimizer(given)
         training_data, user_config = given.pop("training_data", None), given.get("config")
         given["mpu"] = ReplicaMPU(groups, mpu)
@@ -127,7 +127,7 @@ def _wrap_pipeline_init(original: Any) -> Any:
             original(self, has_bool_tensors, **given)
             refuse_hidden_optimizer(self)
             return
-        groups = replica_groups_for(settings, given["model"], grid)
+        groups = replica_groups_for(settings, config, given["model"], grid)
         _adopt_client_optimizer(given)
         training_data = given.pop("training_data", None)
         with replica_grid(given, groups), lent(given["mpu"]):

@@ -78,7 +78,7 @@ def refuse_unsupported(config: Any, model: Any, mpu: Any, mesh_device: Any = Non
             raise ConfigError(f"LoRDO: {what} is not supported in this version: {instead}")
 
 
-def replica_groups_for(settings: LordoConfig, model: Any, mpu: Any) -> ReplicaGroups:
+def replica_groups_for(settings: LordoConfig, config: Any, model: Any, mpu: Any) -> ReplicaGroups:
     """The groups of the replica mesh. Collective."""
     groups = groups_of_replicas(settings.replica_size, mpu)
     _check_zero_init(model, groups, int(config.zero_config.stage))
