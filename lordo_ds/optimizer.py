@@ -292,7 +292,7 @@ class LoRDO(torch.optim.Optimizer):
         for fragment in self._fragments[tensor]:
             gradient = fragment.slice_of(tensor.grad)
             if compares and (fragment.duplicated or fragment.plan.name in self._tied):
-                fragment.gradient_square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+                fragment.waiting.gradient_square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
             settings = self._settings(fragment, group)
             if fragment.plan.low_rank:
                 low_rank.append((fragment, gradient, settings))
@@ -329,14 +329,14 @@ class LoRDO(torch.optim.Optimizer):
             if not fragment.has_basis:
                 if may_be_first and not own:
                     # A first basis comes from all replicas; nothing may cross them here, so the update waits.
-                    fragment.gradient, fragment.settings = self._keep(fragment, gradient), settings
+                    fragment.waiting.gradient, fragment.waiting.settings = self._keep(fragment, gradient), settings
                 else:
                     decay_(fragment.weight, settings)
                 continue
             if from_gradient and not own:
                 # A = G + E, before this step moves what it drops into E.
                 kept = with_error(gradient, fragment.error)
-                fragment.gradient = self._keep(fragment, kept) if kept is gradient else kept
+                fragment.waiting.gradient = self._keep(fragment, kept) if kept is gradient else kept
             ready.append((fragment, gradient, settings))
         self._run_low_rank(ready, measure=plan.due)
 
@@ -410,13 +410,10 @@ class LoRDO(torch.optim.Optimizer):
         plan = sync_plan(self.config, self.attempted_steps)
         deferred = []
         for fragment in self.sync.items:
-            if fragment.settings is None:
-                continue
-            assert fragment.gradient is not None
-            deferred.append((fragment, fragment.gradient, fragment.settings))
-            fragment.settings = None
-            if not (fragment.has_basis and self.config.basis_source == "gradient" and plan.refresh_basis):
-                fragment.gradient = None
+            refreshed = fragment.has_basis and self.config.basis_source == "gradient" and plan.refresh_basis
+            update = fragment.waiting.take_update(keep_gradient=refreshed)
+            if update is not None:
+                deferred.append((fragment, *update))
         for fragment, _, settings in deferred:
             if not fragment.has_basis:
                 decay_(fragment.weight, settings)

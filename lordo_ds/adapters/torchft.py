@@ -189,7 +189,7 @@ class Membership:
         self._load(state)
         self._healed = True
         for item in self._sync.items:  # gradients of weights that are no more
-            item.gradient = item.settings = item.own_pseudo_gradient = None
+            item.waiting.forget_gradients()
         self.optimizer._executed_now = False
         self._sync.rows.pending = []  # of steps that this replica has not made
         logger.warning("LoRDO: took over the state of a live replica at step %d", self.optimizer.attempted_steps)
@@ -217,7 +217,7 @@ class _Undo:
     def __init__(self, optimizer: LoRDO) -> None:
         assert optimizer.sync is not None
         self.optimizer, self.sync, self.executed_now = optimizer, optimizer.sync, optimizer._executed_now
-        self.deferred = [(i.gradient, i.settings, i.own_pseudo_gradient) for i in self.sync.items]
+        self.waiting = [item.waiting.copy() for item in self.sync.items]
         self.rows = self.sync.rows.mark()
         self.faults = self.sync.faults
         self.doubtful = self.faults.doubtful
@@ -225,8 +225,8 @@ class _Undo:
         self.left_out = list(faults.left_out), list(faults.left_out_in_a_row), list(faults.as_outlier)
 
     def restore(self) -> None:
-        for item, deferred in zip(self.sync.items, self.deferred, strict=True):
-            item.gradient, item.settings, item.own_pseudo_gradient = deferred
+        for item, waiting in zip(self.sync.items, self.waiting, strict=True):
+            item.waiting = waiting
         self.optimizer._executed_now = self.executed_now
         self.sync.rows.return_to(self.rows)
         self.faults.doubtful = self.doubtful

@@ -98,8 +98,8 @@ class Bases:
         for column, item in enumerate(waiting, start=_FLAGS):
             mean = torch.zeros_like(item.weight)
             if bool(flags[givers, column].any()):
-                if gives and item.gradient is not None:
-                    mean.copy_(item.gradient)
+                if gives and item.waiting.gradient is not None:
+                    mean.copy_(item.waiting.gradient)
                 self.wire.sum_(mean, "first_basis").div_(len(givers))
             self.refresh(item, mean, step)
         self._say(step)
@@ -192,7 +192,8 @@ class Bases:
 def _peaks(items: Sequence[Fragment]) -> list[float]:
     """Largest absolute value of each item's gradient on this rank; nan or inf where it is not finite."""
     peaks = [0.0] * len(items)
-    given = [(i, item.gradient) for i, item in enumerate(items) if item.gradient is not None and item.numel]
+    gradients = [item.waiting.gradient for item in items]
+    given = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None and items[i].numel]
     if given:
         norms = torch._foreach_norm([gradient for _, gradient in given], float("inf"))
         for (i, _), peak in zip(given, torch.stack(list(norms)).tolist(), strict=True):

@@ -93,7 +93,8 @@ class TensorCopies:
         if not chosen:
             return
         device = chosen[0].weight.device
-        mine = torch.tensor([_square(item) for item in chosen], dtype=torch.float64, device=device)
+        own = [item.waiting.take_gradient_square() for item in chosen]
+        mine = torch.tensor(own, dtype=torch.float64, device=device)
         squares = self.tensor.gather(mine, "copies")
         for item, column in zip(chosen, squares.T, strict=True):
             if _differ(column, float(squares.max())):
@@ -143,18 +144,13 @@ class TiedCopies:
         """
         for item, weight in self.pairs:
             squares = torch.zeros(weight.stages, dtype=torch.float64, device=item.weight.device)
-            squares[weight.stage] = _square(item)
+            squares[weight.stage] = item.waiting.take_gradient_square()
             weight.comm.sum_(squares, "tied")
             if _differ(squares, float(squares.max())):
                 raise SyncError(
                     f"LoRDO: the gradient of {item.plan.name} differs between the pipeline stages that share it at "
                     f"step {step} (squared norms {squares.tolist()}): nothing sums it over them"
                 )
-
-
-def _square(item: Fragment) -> float:
-    square, item.gradient_square = item.gradient_square, None
-    return 0.0 if square is None else float(square)
 
 
 def _differ(squares: Tensor, largest: float) -> bool:

@@ -14,8 +14,8 @@ from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import Interval, MatrixShards, Tile
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.inner import StepSettings
 from lordo_ds.core.state import MOMENTS, Kept
+from lordo_ds.replica.waiting import Waiting
 
 _ERROR_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -44,9 +44,8 @@ class OrientedTile:
 class Fragment:
     """One parameter on this rank: `numel` consecutive elements of it, none included.
 
-    `weight` is the slice of the tensor that the optimizer steps. `gradient` and `settings` are kept from one `step()`
-    to the end of the same attempted step, where a first basis is still missing (the update is then deferred) or
-    the basis comes from the gradient.
+    `weight` is the slice of the tensor that the optimizer steps; `waiting` is what its step sets aside for the end of
+    the same attempted step.
     """
 
     def __init__(
@@ -68,11 +67,7 @@ class Fragment:
         start, stop = intervals[self.comm.index]
         self.numel = stop - start
         self.intervals = intervals
-        self.gradient: Tensor | None = None
-        self.settings: StepSettings | None = None
-        self.energies: tuple[Tensor, Tensor] | None = None
-        self.gradient_square: Tensor | None = None
-        self.own_pseudo_gradient: Tensor | None = None
+        self.waiting = Waiting()
         self.shards: MatrixShards | None = None
         self.tiles: tuple[OrientedTile, ...] = ()
         if plan.low_rank:

@@ -57,7 +57,7 @@ def step_fragments_(
         fragments: in the same order on every rank of the shard group.
         gradients: (numel,) each, not modified.
         settings: of each fragment; `step` counts this one.
-        measure: leave the gradient's energies, inside the basis and in all, in each fragment.
+        measure: leave the gradient's energies, inside the basis and in all, in what waits of each fragment.
     """
     works, comm = [_project(*each, measure) for each in zip(fragments, gradients, settings, strict=True)], inside.shard
     if comm.size > 1:
@@ -271,7 +271,7 @@ def _measure(work: _Work) -> None:
         first = shards.rows(fragment.comm.index)[0]
         owned = shards.owned_rows(fragment.comm.index)
         lines = lines[:, max(0, owned[0] - first) : max(0, owned[1] - first)]
-    fragment.energies = (lines.square().sum(), work.gradient.square().sum())
+    fragment.waiting.energies = (lines.square().sum(), work.gradient.square().sum())
 
 
 def _apply(work: _Work, update: Update, projected: Tensor | None) -> None:

@@ -244,7 +244,7 @@ class OuterSync:
             for item, part in zip(items, parts, strict=True):
                 pseudo_gradient(item.state["anchor"], item.weight, out=part)
                 if self.config.projection == "local":
-                    item.own_pseudo_gradient = part.clone()
+                    item.waiting.own_pseudo_gradient = part.clone()
         own = sum(float(part.square().sum()) for item, part in zip(items, parts, strict=True) if item.counts)
         if self.wire.replicas > 1 and flat.numel():
             flat.div_(len(participants))
@@ -262,13 +262,13 @@ class OuterSync:
             return None
         if self.config.basis_source != "gradient":
             if self.config.projection == "local" and self.wire.replicas > 1:
-                return item.own_pseudo_gradient
+                return item.waiting.own_pseudo_gradient
             return means[id(item)]
         if self.bases.each_replica_its_own:
             return None  # refreshed inside the due step already
         matrix = torch.zeros_like(item.weight)
-        if self.wire.index in gives_gradient and item.gradient is not None:
-            matrix.copy_(item.gradient)
+        if self.wire.index in gives_gradient and item.waiting.gradient is not None:
+            matrix.copy_(item.waiting.gradient)
         return self.wire.sum_(matrix, "gradient").div_(max(1, len(gives_gradient)))
 
     def _finish(self, plan: SyncPlan, report: SyncReport, shares: tuple[float, ...]) -> None:
@@ -282,7 +282,7 @@ class OuterSync:
         own_norm, mean_norm, overlaps, refreshed, inside, energy = self.inside.everyone.sum_(sums, "report").tolist()
         report.overlap = overlaps / refreshed if refreshed else None
         for item in self.items:
-            item.gradient = item.own_pseudo_gradient = None
+            item.waiting.forget_gradients()
         if self.wire.replicas > 1:
             numbers = torch.tensor([own_norm, inside, energy], dtype=torch.float64)
             trailer = torch.cat([torch.tensor([checksum(self._shared_tensors(plan))]), numbers.view(torch.int64)])
@@ -302,7 +302,7 @@ class OuterSync:
     def _gradient_energies(self) -> tuple[float, float]:
         inside = energy = 0.0
         for item in self.items:
-            measured, item.energies = item.energies, None
+            measured = item.waiting.take_energies()
             if item.counts and measured is not None and all(bool(torch.isfinite(value)) for value in measured):
                 inside, energy = inside + float(measured[0]), energy + float(measured[1])
         return inside, energy

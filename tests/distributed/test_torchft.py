@@ -155,6 +155,7 @@ class Story:
     weights: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     sizes: dict[int, int] = field(default_factory=dict)
     participants: dict[int, int] = field(default_factory=dict)
+    energies: dict[int, float | None] = field(default_factory=dict)  # captured_gradient_energy of every sync
 
     @property
     def end(self) -> dict[str, Tensor]:
@@ -187,6 +188,7 @@ def train(
         story.sizes[step] = membership.wire.replicas
         if optimizer.synced and optimizer.last_report is not None:
             story.participants[step] = optimizer.last_report.participants
+            story.energies[step] = optimizer.last_report.captured_gradient_energy
     finished(optimizer)
     return story
 
@@ -290,6 +292,7 @@ def test_a_sync_that_a_replica_dies_in_is_undone_and_done_by_the_others(collecti
     assert sorted(found) == [0, 1]
     assert_all_equal(found)
     assert found[0].sizes[STEPS] == 2
+    assert None not in found[0].energies.values(), "a sync that is done again has the last gradient's energy again"
 
 
 @pytest.mark.parametrize("collective", [8, 12, 16, 20])

@@ -178,12 +178,12 @@ def test_omega_one_leaves_the_raw_gradient_out(mode: str) -> None:
 def test_measured_energies_are_those_of_the_gradient_without_the_error(mode: str, feedback: Any) -> None:
     matrix, gradient = Matrix(mode, feedback), random(S, L, seed=1)
     matrix.step(gradient)
-    assert matrix.fragment.energies is None
+    assert matrix.fragment.waiting.energies is None
     if feedback:  # with a part inside the basis, as after a refresh
         matrix.state["error"].copy_(random(S * L, seed=3))
     matrix.step(gradient, measure=True, step=2)
-    assert matrix.fragment.energies is not None
-    inside, energy = (float(value) for value in matrix.fragment.energies)
+    assert matrix.fragment.waiting.energies is not None
+    inside, energy = (float(value) for value in matrix.fragment.waiting.energies)
     assert inside == pytest.approx(float((matrix.fragment.basis.mT @ gradient).square().sum()))
     assert energy == pytest.approx(float(gradient.square().sum()))
 

@@ -162,7 +162,7 @@ def _fill_fragment(fragment: Fragment, state: State, place: Place) -> None:
             current.copy_(fragment.weight)
         else:
             current.zero_()
-    fragment.gradient = fragment.settings = None
+    fragment.waiting.forget_gradients()
 
 
 def _fill_groups(optimizer: LoRDO, state: EngineState) -> None:
