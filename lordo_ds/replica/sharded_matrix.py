@@ -16,7 +16,7 @@ class ShardedMatrix:
 
     def __init__(self, fragment: Fragment, elements: Tensor) -> None:
         self.fragment, self.elements, self.slices = fragment, elements, fragment.slices
-        self.shape = (fragment.plan.basis_side, fragment.plan.other_side)
+        self.shape = (fragment.plan.basis_side, fragment.plan.other_side)  # (s, l) of this tensor slice
 
     def like(self) -> Tensor:
         return self.elements
@@ -35,20 +35,21 @@ class ShardedMatrix:
         return float(peak[0]), float(self.slices.sum_(square, "basis")[0]) ** 0.5
 
     def apply(self, columns: Tensor, scale: float) -> Tensor:
-        comm, width = self.fragment.comm, columns.shape[1]
-        middle = columns.new_zeros(self.shape[1], width)
+        comm, width = self.fragment.comm, columns.shape[1]  # columns: (s, width)
+        middle = columns.new_zeros(self.shape[1], width)  # (l, width): this slice's part of l, all shards summed
         for tile in self.fragment.tiles:
             middle[tile.l_whole] += tile.view(self.elements).mT @ columns[tile.s_whole]
         middle = comm.sum_(middle, "basis").div_(scale)
-        image = columns.new_zeros(self.shape[0], width)
+        image = columns.new_zeros(self.shape[0], width)  # (s, width): summed over the shards, then over the slices
         for tile in self.fragment.tiles:
             image[tile.s_whole] += tile.view(self.elements) @ middle[tile.l_whole]
         return self.slices.sum_(comm.sum_(image, "basis"), "basis").div_(scale)
 
     def full(self, scale: float) -> Tensor:
-        whole = self.fragment.whole_matrix(self.elements) / scale
+        whole = self.fragment.whole_matrix(self.elements) / scale  # (s, l) of this slice
         # The slices lie along l, whose order the left space does not depend on.
-        parts = self.slices.gather(whole.flatten(), "basis")
+        parts = self.slices.gather(whole.flatten(), "basis")  # (slices, s * l)
+        # -> (slices, s, l) -> (s, slices, l) -> (s, slices * l)
         return parts.view(self.slices.size, *whole.shape).transpose(0, 1).reshape(whole.shape[0], -1)
 
     def agree(self, flag: bool) -> bool:
