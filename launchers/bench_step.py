@@ -198,13 +198,12 @@ def timed_step(one: Contender, batch: dict[str, Any], with_clocks: bool) -> None
 @contextmanager
 def clocks(one: Contender, spent: Counter[str]) -> Iterator[None]:
     """Clock the base optimizer's step, the parts of LoRDO's, and its sync."""
-    import lordo_ds.optimizer
-    from lordo_ds.replica import inner_step
+    from lordo_ds.replica import inner_step, steps
     from lordo_ds.replica.bases import Bases
     from lordo_ds.sync.outer_sync import OuterSync
 
     places = [(kind, inner_step, name) for kind, names in PARTS.items() for name in names]
-    places += [("dense AdamW", lordo_ds.optimizer, "adamw_step_"), ("optimizer", one.engine.basic_optimizer, "step")]
+    places += [("dense AdamW", steps, "adamw_step_"), ("optimizer", one.engine.basic_optimizer, "step")]
     places += [("sync", OuterSync, "run"), ("refresh", Bases, "refresh")]
     with ExitStack() as stack:
         for kind, owner, name in places:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,16 +37,15 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.comm.wrapped import refuse_averaging
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.amp import unscale_or_skip
-from lordo_ds.core.fragments import FlatTensor, bucket_bounds
-from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
-from lordo_ds.core.inner import StepSettings, adamw_step_, decay_, with_error
-from lordo_ds.core.schedule import final_plan, steps_until_sync, sync_plan
-from lordo_ds.core.steppable import refuse_gradient, refuse_unsteppable
-from lordo_ds.errors import CheckpointError, ConfigError
+from lordo_ds.core.fragments import FlatTensor
+from lordo_ds.core.grouping import ParameterPlan
+from lordo_ds.core.schedule import final_plan, steps_until_sync
+from lordo_ds.errors import CheckpointError
+from lordo_ds.replica.allocate import Held, allocate
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.replica.fragment import Fragment
-from lordo_ds.replica.inner_step import step_fragments_
 from lordo_ds.replica.model_size import ModelSize, model_size
+from lordo_ds.replica.steps import Steps
 from lordo_ds.start_table import show_messages, start_table
 from lordo_ds.sync.made_up_step import only_makes_state
 from lordo_ds.sync.outer_sync import OuterSync
@@ -58,19 +56,15 @@ from lordo_ds.watch.watchdog import watch_ranks
 logger = logging.getLogger("lordo_ds")
 
 SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
-_GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
-# Elements of matrices stepped together: bounds the coordinates that exist at one time.
-STEP_BUCKET_NUMEL = 1 << 26
 
 
 class LoRDO(torch.optim.Optimizer):
     """Low-rank Adam on every replica, averaged every `sync_interval` steps. LoRDO, arXiv 2602.04396.
 
-    Used through DeepSpeed (`"optimizer": {"type": "LoRDO", "params": {...}}`), the engine's hook runs the
-    sync at the end of each attempted step. Used alone, in one process or under `torch.distributed`,
-    `step()` does it: every rank (or every `replica_size` ranks) is a replica, and no gradient is averaged
-    by this class; ranks of one replica average theirs first, as with DistributedDataParallel over the
-    replica's ranks.
+    Used through DeepSpeed (`"optimizer": {"type": "LoRDO", "params": {...}}`), the engine's hook runs the sync at the
+    end of each attempted step. Used alone, in one process or under `torch.distributed`, `step()` does it: every rank
+    (or every `replica_size` ranks) is a replica, and no gradient is averaged by this class; ranks of one replica
+    average theirs first, as with DistributedDataParallel over the replica's ranks.
 
     Args:
         params: the model (its parameters that require a gradient), or parameters, parameter groups or named
@@ -84,30 +78,25 @@ class LoRDO(torch.optim.Optimizer):
         ConfigError: an unknown or illegal key, named with its nearest legal value.
     """
 
-    # torch.amp.GradScaler then calls `step()` after an overflow too: see `unscale_or_skip`.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = True  # GradScaler then calls `step()` after an overflow too: see `unscale_or_skip`
 
     def __init__(self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, **settings: Any) -> None:
         self.config = LordoConfig.parse(settings, path="")
-        params, self._model = given_model(params, model)
-        defaults = {key: getattr(self.config, key) for key in _GROUP_KEYS}
+        given, self._model = given_model(params, model)
         # Set by the engine adapter: step() then does nothing until `attach`, and never syncs by itself.
         self.managed = False
-        self.attempted_steps = 0
-        self.executed_steps = 0
+        self.attempted_steps = self.executed_steps = 0
         self.sync: OuterSync | None = None
         self.watchdog = Unwatched()
-        self.plans: list[ParameterPlan] = []
+        self.held = Held()  # what this rank holds of the model
         self.model_size = ModelSize()
         # What the engine adapter knows of the files that this state goes into.
         self.engine_facts = EngineFacts()
         self.resume_hint = OWN_FILE_HINT
         self.pipe_stage, self.pipe_stages = 0, 1
-        self._facts: dict[str, ParameterFacts] = {}
-        self._fragments: dict[Tensor, list[Fragment]] = {}
-        self._tied: set[str] = set()
+        self._steps: Steps | None = None
         self._executed_now = self.last_attempt_executed = self._first_attempt = False
-        super().__init__(params, defaults)
+        super().__init__(given, {key: getattr(self.config, key) for key in ("lr", "betas", "eps", "weight_decay")})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, before the first step only: the replicas agree on their parameters once."""
@@ -143,66 +132,18 @@ class LoRDO(torch.optim.Optimizer):
             self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)
         self.watchdog.follow(wire, inside)
         with self.watchdog.starting():
-            self._attach(flats, wire, inside, tied, resuming)
+            self.held = allocate(self.config, flats, self.param_groups, self.state, inside, tied)
+            self.model_size = model_size(self.held.fragments, inside)
+            self.sync = OuterSync(self.config, self.held.fragments, wire, inside, tied)
+            self._steps = Steps(self.config, self.held, self.sync.bases, inside)
+            if not self.sync.start(resuming):
+                logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
+            self.sync.outside.record()
 
-    def _attach(
-        self,
-        flats: Sequence[FlatTensor],
-        wire: ReplicaWire,
-        inside: InsideReplica,
-        tied: Sequence[TiedWeight],
-        resuming: bool,
-    ) -> None:
-        group_of = {tensor: group for group in self.param_groups for tensor in group["params"]}
-        pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
-        facts = [piece.facts for _, piece in pieces]
-        for flat, piece in pieces:
-            refuse_unsteppable(piece.facts.name, flat.tensor)
-        self.plans = plan_parameters(self.config, facts, inside.of_every_rank(facts))
-        self._facts = {fact.name: fact for fact in facts}
-        self._tied = {weight.name for weight in tied}
-        tied_stages = {weight.name: weight.stage for weight in tied}
-        precisions = {str(flat.tensor.dtype).removeprefix("torch.") for flat in flats}
-        if len(precisions) > 1:
-            raise ConfigError(f"LoRDO: parameters of several precisions, {sorted(precisions)}: give all in the same")
-        fragments = []
-        for (flat, piece), plan in zip(pieces, self.plans, strict=True):
-            copied = tied_stages.get(plan.name, 0) > 0
-            if plan.low_rank and plan.name in tied_stages:
-                raise ConfigError(
-                    f"LoRDO: {plan.name} is shared by several pipeline stages and cannot be projected: add it to "
-                    f"{self.config.key('low_rank.exclude')}"
-                )
-            state = self.state[flat.tensor].setdefault(plan.name, {})
-            fragment = Fragment(
-                plan, flat.tensor, piece.offset, piece.intervals, inside, state, group_of[flat.tensor], copied
-            )
-            fragment.allocate(self.config)
-            fragments.append(fragment)
-            self._fragments.setdefault(flat.tensor, []).append(fragment)
-        clipped = [plan for plan in self.plans if plan.rank_clipped]
-        if clipped:
-            logger.info(
-                "LoRDO: rank %s is clipped to the smaller side of %d matrices, the first to %d: %s",
-                self.config.rank, len(clipped), clipped[0].rank, clipped[0].name,
-            )  # fmt: skip
-        self._check_alike(fragments, inside)
-        self.model_size = model_size(fragments, inside)
-        self.sync = OuterSync(self.config, fragments, wire, inside, tied)
-        if not self.sync.start(resuming):
-            logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
-        self.sync.outside.record()
-
-    @staticmethod
-    def _check_alike(fragments: Sequence[Fragment], inside: InsideReplica) -> None:
-        """The slices and copies on the tensor-parallel ranks must lie in the same places: they travel together."""
-        layout = repr([(f.plan.name, f.plan.shape, f.plan.rank, f.plan.partitions, f.intervals) for f in fragments])
-        sums = inside.tensor.gather(inside.vector([zlib.crc32(layout.encode())]), "start")
-        if not bool((sums == sums[0]).all()):
-            raise ConfigError(
-                "LoRDO: the tensor-parallel ranks hold other parameters than each other, or other shapes: give every "
-                "rank the same model and the same parameter groups"
-            )
+    @property
+    def plans(self) -> Sequence[ParameterPlan]:
+        """Of every parameter that this rank holds a part of; none before the first step."""
+        return self.held.plans
 
     def _attach_alone(self, resuming: bool = False) -> None:
         """Without an engine: names from the model or the groups, replicas from torch.distributed. Collective."""
@@ -227,8 +168,7 @@ class LoRDO(torch.optim.Optimizer):
     def _detach(self) -> None:
         """As before the first step."""
         self.watchdog.stop()
-        self.watchdog, self.sync, self.plans = Unwatched(), None, []
-        self._fragments.clear()
+        self.watchdog, self.sync, self._steps, self.held = Unwatched(), None, None, Held()
         self.state.clear()
 
     # -- the inner step ------------------------------------------------------------------------------
@@ -247,17 +187,14 @@ class LoRDO(torch.optim.Optimizer):
             if self.managed:
                 return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
             self._attach_alone()
-        assert self.sync is not None
+        assert self.sync is not None and self._steps is not None
         first = not (self.managed or self.attempted_steps)
         if first and only_makes_state(self.param_groups, self.sync.wire, self.sync.inside):
             return loss
         if not self.managed:
             self.begin_attempt()
         if unscale_or_skip(self):
-            for group in self.param_groups:
-                for tensor in group["params"]:
-                    if tensor.grad is not None:
-                        self._step_tensor(tensor, group)
+            self._steps.take(self.param_groups, self.attempted_steps + 1, self.executed_steps)
             self._executed_now = True
         if not self.managed:
             self._end_alone()
@@ -283,77 +220,6 @@ class LoRDO(torch.optim.Optimizer):
             warn_of_equal_gradients(gradients if self._executed_now else [])
         self.end_attempt()
 
-    def _step_tensor(self, tensor: Tensor, group: dict[str, Any]) -> None:
-        """Step every fragment of one tensor; collective over the shard group where it is sharded."""
-        assert self.sync is not None and tensor.grad is not None
-        refuse_gradient(self._fragments[tensor][0].plan.name, tensor.grad)
-        low_rank = []
-        compares = self.executed_steps == 0 or sync_plan(self.config, self.attempted_steps + 1).due
-        for fragment in self._fragments[tensor]:
-            gradient = fragment.slice_of(tensor.grad)
-            if compares and (fragment.duplicated or fragment.plan.name in self._tied):
-                fragment.waiting.gradient_square = torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-            settings = self._settings(fragment, group)
-            if fragment.plan.low_rank:
-                low_rank.append((fragment, gradient, settings))
-            else:
-                fragment.state["step"] += 1
-                adamw_step_(
-                    fragment.weight, gradient, fragment.state["exp_avg"], fragment.state["exp_avg_sq"], settings
-                )
-        self._step_low_rank(low_rank)
-
-    def _settings(self, fragment: Fragment, group: dict[str, Any]) -> StepSettings:
-        return StepSettings(
-            lr=float(group["lr"]),
-            betas=fragment.betas,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            omega=self.config.omega,
-            residual_weight=self.config.weight_of_residual,
-            qh_mode=self.config.qh_mode,
-            step=fragment.step + 1,
-        )
-
-    def _step_low_rank(self, chosen: list[tuple[Fragment, Tensor, StepSettings]]) -> None:
-        assert self.sync is not None
-        this_step = self.attempted_steps + 1
-        plan = sync_plan(self.config, this_step)
-        from_gradient = self.config.basis_source == "gradient" and plan.refresh_basis
-        own = self.sync.bases.each_replica_its_own
-        may_be_first = self.sync.bases.may_be_first(this_step, self.executed_steps)
-        ready = []
-        for fragment, gradient, settings in chosen:
-            if own and (from_gradient if fragment.has_basis else may_be_first):
-                self.sync.bases.refresh_in_step(fragment, with_error(gradient, fragment.error), this_step)
-            if not fragment.has_basis:
-                if may_be_first and not own:
-                    # A first basis comes from all replicas; nothing may cross them here, so the update waits.
-                    fragment.waiting.gradient, fragment.waiting.settings = self._keep(fragment, gradient), settings
-                else:
-                    decay_(fragment.weight, settings)
-                continue
-            if from_gradient and not own:
-                # A = G + E, before this step moves what it drops into E.
-                kept = with_error(gradient, fragment.error)
-                fragment.waiting.gradient = self._keep(fragment, kept) if kept is gradient else kept
-            ready.append((fragment, gradient, settings))
-        self._run_low_rank(ready, measure=plan.due)
-
-    @staticmethod
-    def _keep(fragment: Fragment, gradient: Tensor) -> Tensor:
-        """A gradient that must outlive `step()`: engines reuse the flat buffers that hold several parameters."""
-        return gradient if fragment.steps_whole_parameter else gradient.clone()
-
-    def _run_low_rank(self, ready: list[tuple[Fragment, Tensor, StepSettings]], measure: bool) -> None:
-        assert self.sync is not None
-        bounds = bucket_bounds([fragment.plan.numel for fragment, _, _ in ready], STEP_BUCKET_NUMEL)
-        for start, stop in bounds:
-            fragments, gradients, settings = zip(*ready[start:stop], strict=True)
-            for fragment in fragments:
-                fragment.state["step"] += 1
-            step_fragments_(fragments, gradients, settings, self.sync.inside, measure)
-
     # -- around an attempted step --------------------------------------------------------------------
 
     def begin_attempt(self) -> None:
@@ -363,8 +229,7 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter was resized or replaced.
         """
         assert self.sync is not None
-        equal = self.attempted_steps == self.sync.last_synced_step
-        self.sync.outside.check(self.attempted_steps + 1, equal)
+        self.sync.outside.check(self.attempted_steps + 1, equal=self.attempted_steps == self.sync.last_synced_step)
 
     @torch.no_grad()
     def end_attempt(self) -> bool:
@@ -390,35 +255,18 @@ class LoRDO(torch.optim.Optimizer):
         return changed
 
     def _cross_replicas(self) -> bool:
-        assert self.sync is not None
-        changed = False
-        plan = sync_plan(self.config, self.attempted_steps)
+        assert self.sync is not None and self._steps is not None
+        plan = self._steps.schedule.plan(self.attempted_steps)
+        changed = plan.due
         if plan.due or self.executed_steps <= 1:
             self.sync.check_copies(self.attempted_steps)
         if self.sync.bases.wait_for_all_replicas(self.attempted_steps):
-            executed_before = self.executed_steps - self._executed_now
-            self.sync.bases.first(self.attempted_steps, executed_before, self._executed_now)
-            changed = self._apply_deferred()
+            before = self.executed_steps - self._executed_now
+            self.sync.bases.first(self.attempted_steps, before, self._executed_now)
+            changed |= self._steps.take_deferred(self.attempted_steps)
         if plan.due:
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
-            changed = True
         return changed
-
-    def _apply_deferred(self) -> bool:
-        """The updates that waited for a basis; weight decay alone where there still is none."""
-        assert self.sync is not None
-        plan = sync_plan(self.config, self.attempted_steps)
-        deferred = []
-        for fragment in self.sync.items:
-            refreshed = fragment.has_basis and self.config.basis_source == "gradient" and plan.refresh_basis
-            update = fragment.waiting.take_update(keep_gradient=refreshed)
-            if update is not None:
-                deferred.append((fragment, *update))
-        for fragment, _, settings in deferred:
-            if not fragment.has_basis:
-                decay_(fragment.weight, settings)
-        self._run_low_rank([one for one in deferred if one[0].has_basis], measure=plan.due)
-        return bool(deferred)
 
     @torch.no_grad()
     def final_sync(self) -> bool:
@@ -483,7 +331,7 @@ class LoRDO(torch.optim.Optimizer):
             ),
             fragments=tuple(
                 self._layout_of(fragment, numbers[tensor])
-                for tensor, fragments in self._fragments.items()
+                for tensor, fragments in self.held.of_tensor.items()
                 for fragment in fragments
             ),
             engine=self.engine_facts,
@@ -497,7 +345,7 @@ class LoRDO(torch.optim.Optimizer):
         )
 
     def _layout_of(self, fragment: Fragment, tensor: int) -> FragmentLayout:
-        plan, fact = fragment.plan, self._facts[fragment.plan.name]
+        plan, fact = fragment.plan, next(one for one in self.held.facts if one.name == fragment.plan.name)
         return FragmentLayout(
             name=plan.name,
             shape=plan.shape,
@@ -592,7 +440,7 @@ class LoRDO(torch.optim.Optimizer):
         return [
             (fragment, state_dict["state"].get(index, {}).get(fragment.plan.name, {}))
             for index, tensor in enumerate(tensors)
-            for fragment in self._fragments.get(tensor, ())
+            for fragment in self.held.of_tensor.get(tensor, ())
         ]
 
     def restore_counters(

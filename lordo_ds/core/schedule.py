@@ -38,6 +38,23 @@ def sync_plan(config: LordoConfig, step: int) -> SyncPlan:
     return _plan(config, step, warming_up, on_interval)
 
 
+class Schedule:
+    """The plans of a run's steps. That of the attempt in hand is made once, for all who ask, and then forgotten.
+
+    By the number of the step: a load, or replicas that others join, may set a run to another step at any time.
+    """
+
+    def __init__(self, config: LordoConfig) -> None:
+        self._config = config
+        self._step, self._plan = -1, SyncPlan(due=False)  # no step yet
+
+    def plan(self, step: int) -> SyncPlan:
+        """`sync_plan` of attempted step `step` (counted from 1)."""
+        if step != self._step:
+            self._step, self._plan = step, sync_plan(self._config, step)
+        return self._plan
+
+
 def first_basis_due(config: LordoConfig, step: int) -> bool:
     """Whether a matrix that still has no basis may get its first one in attempted step `step`.
 

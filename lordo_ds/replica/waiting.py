@@ -27,6 +27,10 @@ class Waiting:
     energies: tuple[Tensor, Tensor] | None = None
     own_pseudo_gradient: Tensor | None = None
 
+    def defer(self, gradient: Tensor, settings: StepSettings) -> None:
+        """Let the whole update wait for a basis; the gradient must outlive `step()`."""
+        self.gradient, self.settings = gradient, settings
+
     def take_update(self, keep_gradient: bool) -> tuple[Tensor, StepSettings] | None:
         """The update that waited for a basis, if one did.
 

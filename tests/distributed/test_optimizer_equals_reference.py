@@ -85,8 +85,9 @@ def _rebucket(optimizer: LoRDO, bucket_numel: int) -> None:
 
     optimizer._attach_alone()
     old = optimizer.sync
-    assert old is not None
+    assert old is not None and optimizer._steps is not None
     optimizer.sync = OuterSync(optimizer.config, old.items, old.wire, old.inside, bucket_numel=bucket_numel)
+    optimizer._steps.bases = optimizer.sync.bases
     assert len(optimizer.sync.buckets) > 2
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lordo_ds import LoRDO
 from lordo_ds.config import LordoConfig
+from lordo_ds.core import schedule
 from lordo_ds.core.schedule import SyncPlan, final_plan, steps_until_sync, sync_plan
 
 OUTER = {"lr": 0.7, "momentum": 0.7}
@@ -93,3 +96,21 @@ def test_steps_until_the_next_sync_counts_to_the_first_due_step_after_this_one(
     config = LordoConfig.parse({"sync_interval": interval, "sync_warmup_steps": warm_up})
     ahead = next(n for n in range(1, interval + 1) if sync_plan(config, step + n).due)
     assert steps_until_sync(config, step) == ahead
+
+
+def test_the_plan_of_an_attempted_step_is_made_once_for_all_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the step in hand: a load that sets the run back has its plans made anew."""
+    made: list[int] = []
+    monkeypatch.setattr(schedule, "sync_plan", lambda config, step: made.append(step) or sync_plan(config, step))
+    parameters = [(f"w{i}", torch.nn.Parameter(torch.eye(4 + i))) for i in range(3)]
+    optimizer = LoRDO(parameters, rank=2, sync_interval=2)
+    for step in range(1, 6):
+        for i, (_, parameter) in enumerate(parameters):
+            parameter.grad = torch.arange(1.0, (4 + i) ** 2 + 1).sin().view(4 + i, -1)
+        optimizer.step()
+        if step == 3:
+            saved = optimizer.state_dict()
+    optimizer.load_state_dict(saved)
+    optimizer.step()
+    assert made == [1, 2, 3, 4, 5, 4]
+    assert optimizer.synced and optimizer.attempted_steps == 4
