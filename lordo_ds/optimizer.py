@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from lordo_ds import saved_state
 from lordo_ds.alone import (
     agreed_tensors,
     dist_rank,
@@ -20,18 +21,7 @@ from lordo_ds.alone import (
     warn_of_equal_gradients,
     warn_of_missing_names,
 )
-from lordo_ds.checkpoint.finite import not_finite
-from lordo_ds.checkpoint.header import (
-    OWN_FILE_HINT,
-    STATE_FORMAT,
-    Counters,
-    EngineFacts,
-    FragmentLayout,
-    Header,
-    Mesh,
-    refuse_differences,
-)
-from lordo_ds.comm.agreement import agreed, reseeded_later
+from lordo_ds.checkpoint.header import OWN_FILE_HINT, Counters, EngineFacts, Header
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.comm.wrapped import refuse_averaging
@@ -40,10 +30,8 @@ from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.schedule import final_plan, steps_until_sync
-from lordo_ds.errors import CheckpointError
 from lordo_ds.replica.allocate import Held, allocate
 from lordo_ds.replica.copies import TiedWeight
-from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.model_size import ModelSize, model_size
 from lordo_ds.replica.steps import Steps
 from lordo_ds.start_table import show_messages, start_table
@@ -54,8 +42,6 @@ from lordo_ds.watch.unwatched import Unwatched
 from lordo_ds.watch.watchdog import watch_ranks
 
 logger = logging.getLogger("lordo_ds")
-
-SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
 
 
 class LoRDO(torch.optim.Optimizer):
@@ -313,176 +299,22 @@ class LoRDO(torch.optim.Optimizer):
 
     def header(self) -> Header:
         """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors."""
-        sync = self.sync
-        numbers = {tensor: i for i, tensor in enumerate(t for group in self.param_groups for t in group["params"])}
-        inside = sync.inside if sync else InsideReplica()
-        return Header(
-            format=STATE_FORMAT,
-            settings=self.config.model_dump(mode="json"),
-            mesh=Mesh(
-                replicas=sync.wire.replicas if sync else 1,
-                replica=sync.wire.index if sync else 0,
-                shards=inside.shard.size,
-                shard=inside.shard.index,
-                slices=inside.tensor.size,
-                slice=inside.tensor.index,
-                stages=self.pipe_stages,
-                stage=self.pipe_stage,
-            ),
-            fragments=tuple(
-                self._layout_of(fragment, numbers[tensor])
-                for tensor, fragments in self.held.of_tensor.items()
-                for fragment in fragments
-            ),
-            engine=self.engine_facts,
-            counters=Counters(
-                attempted_steps=self.attempted_steps,
-                executed_steps=self.executed_steps,
-                **{name: getattr(sync, name) if sync else 0 for name in SYNC_COUNTERS},
-            ),
-            bytes_sent=sync.wire.ledger.state_dict() if sync else {},
-            rows=tuple(tuple(row) for row in sync.rows.pending) if sync else (),
-        )
-
-    def _layout_of(self, fragment: Fragment, tensor: int) -> FragmentLayout:
-        plan, fact = fragment.plan, next(one for one in self.held.facts if one.name == fragment.plan.name)
-        return FragmentLayout(
-            name=plan.name,
-            shape=plan.shape,
-            partition_dim=fact.partition_dim,
-            partitions=fact.partitions,
-            partition_stride=fact.partition_stride,
-            low_rank=plan.low_rank,
-            side=plan.side,
-            rank=plan.rank,
-            interval=fragment.intervals[fragment.comm.index],
-            tensor=tensor,
-            offset=fragment.offset,
-            copied=fragment.tied_copy,
-        )
+        return saved_state.header_of(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state saved by `state_dict`; every tensor keeps its own dtype.
 
-        Without an engine, each replica loads its own state and its own weights: between syncs they differ.
-
-        Raises:
-            CheckpointError: not a LoRDO state, another format, or one that does not fit this run; nothing is
-                changed then.
+        Without an engine, each replica loads its own state and its own weights: between syncs they differ. One that is
+        not LoRDO's, of another format, or that does not fit this run is a CheckpointError; nothing is changed then.
         """
-        ours = self.check_state_dict(state_dict)
-        assert self.sync is not None
-        if ours.fragments:  # a state saved before the first step has nothing but its settings
-            for fragment, saved in self._with_saved(state_dict):
-                _load_fragment(fragment, saved)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved_group.items() if key != "params"})
-        self.restore_counters(ours.counters, ours.bytes_sent, ours.rows)
-        if not ours.fragments:
-            self.sync.outside.record()
+        saved_state.load(self, state_dict)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
-        """The header of a state that can be loaded; the parameter groups must hold the stepped tensors.
-
-        Raises:
-            CheckpointError: it cannot; the message says what differs.
-        """
-        if self.sync is not None:
-            ours = Header.of(state_dict, "this optimizer state")
-            self._check_fits(ours, state_dict)
-            return ours
-        if self.managed:
-            raise ValueError("LoRDO: load the state after deepspeed.initialize, through the engine")
-        # Attaching is collective: all ranks resume, or none does.
-        ours = agreed(lambda: Header.of(state_dict, "this optimizer state"))
-        self._attach_alone(resuming=bool(ours.fragments))
-        try:
-            agreed(lambda: self._check_fits(ours, state_dict))
-            self._check_finite(ours, state_dict)
-        except CheckpointError:
-            self._detach()
-            raise
-        return ours
-
-    def _check_finite(self, ours: Header, state_dict: dict[str, Any]) -> None:
-        assert self.sync is not None
-        wire, found = self.sync.wire, []
-        for fragment, saved in self._with_saved(state_dict) if ours.fragments else ():
-            found += not_finite(wire.index, fragment.plan.name, {"weight": fragment.weight, **saved})
-        reseeded = reseeded_later(found, wire.replicas, "the saved state")
-        if reseeded and wire.index == 0:
-            logger.warning("LoRDO: replicas %s were saved when not finite: the next sync reseeds them", reseeded)
-
-    def _check_fits(self, ours: Header, state_dict: dict[str, Any]) -> None:
-        names, saved_names = [plan.name for plan in self.plans], [fragment.name for fragment in ours.fragments]
-        if saved_names and saved_names != names:
-            odd = next((pair for pair in zip(saved_names, names, strict=False) if pair[0] != pair[1]), ("", ""))
-            raise CheckpointError(
-                f"LoRDO: the saved state holds {len(saved_names)} parameters, this model {len(names)}; "
-                f"first difference: {odd[0]!r} against {odd[1]!r}"
-            )
-        refuse_differences(ours, self.header(), "the saved state", self.config.key(""), self.resume_hint)
-        states, groups = state_dict.get("state"), state_dict.get("param_groups")
-        if not (isinstance(states, dict) and isinstance(groups, list) and all(isinstance(one, dict) for one in groups)):
-            raise CheckpointError("LoRDO: the saved state has no states, or no parameter groups: it is damaged")
-        if len(groups) != len(self.param_groups):
-            raise CheckpointError(
-                f"LoRDO: the saved state has {len(groups)} parameter groups, this run {len(self.param_groups)}"
-            )
-        if saved_names:
-            for fragment, saved in self._with_saved(state_dict):
-                _check_saved(fragment, saved)
-
-    def _with_saved(self, state_dict: dict[str, Any]) -> list[tuple[Fragment, dict[str, Any]]]:
-        """Every fragment and what was saved of it."""
-        # Indices count the tensors in the order of the groups, as torch's `state_dict` does.
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        return [
-            (fragment, state_dict["state"].get(index, {}).get(fragment.plan.name, {}))
-            for index, tensor in enumerate(tensors)
-            for fragment in self.held.of_tensor.get(tensor, ())
-        ]
+        """The header of a state that fits, else a CheckpointError; the groups must hold the stepped tensors."""
+        return saved_state.check(self, state_dict)
 
     def restore_counters(
         self, counters: Counters, bytes_sent: Mapping[str, int], rows: Sequence[Sequence[float]]
     ) -> None:
         """Go on counting where a saved run was."""
-        assert self.sync is not None
-        self.attempted_steps, self.executed_steps = counters.attempted_steps, counters.executed_steps
-        self.sync.bases.look_again()
-        self.sync.faults.doubtful = False  # about steps that are undone
-        self.sync.outside.forget()
-        for name in SYNC_COUNTERS:
-            setattr(self.sync, name, getattr(counters, name))
-        self.sync.wire.ledger.load_state_dict(dict(bytes_sent))
-        self.sync.rows.pending = [list(row) for row in rows]
-        self.watchdog.resumed(self.attempted_steps, self.sync.last_synced_step)
-
-
-def _check_saved(fragment: Fragment, saved: Any) -> None:
-    """Refuse by name what is missing, surplus or of another kind, shape or dtype; nothing is changed before that."""
-    name = fragment.plan.name
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"LoRDO: the saved state of {name} is a {type(saved).__name__}: it is damaged")
-    for key in sorted(fragment.state.keys() ^ saved.keys()):
-        where = "no" if key in fragment.state else "a surplus"
-        raise CheckpointError(
-            f"LoRDO: the saved state of {name} has {where} {key!r}: was it saved with other settings?"
-        )
-    for key, current in fragment.state.items():
-        value = saved[key]
-        if isinstance(current, Tensor):
-            wanted = f"{tuple(current.shape)} {current.dtype}"
-            found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        else:
-            wanted, found = type(current).__name__, type(value).__name__
-        if found != wanted:
-            raise CheckpointError(f"LoRDO: {key!r} of {name} is {found} in the saved state and {wanted} here")
-
-
-def _load_fragment(fragment: Fragment, saved: dict[str, Any]) -> None:
-    for key, current in fragment.state.items():
-        if isinstance(current, Tensor):
-            current.copy_(saved[key])
-        else:
-            fragment.state[key] = saved[key]
+        saved_state.restore_counters(self, counters, bytes_sent, rows)

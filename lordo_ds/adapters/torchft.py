@@ -30,7 +30,8 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.errors import SyncError
 from lordo_ds.handle import hook
-from lordo_ds.optimizer import SYNC_COUNTERS, LoRDO
+from lordo_ds.optimizer import LoRDO
+from lordo_ds.saved_state import SYNC_COUNTERS
 from lordo_ds.sync.alike import Start, require_like, start_of_replica
 from lordo_ds.sync.faults import Faults
 from lordo_ds.sync.outer_sync import OuterSync

@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from lordo_ds.checkpoint.finite import NotFinite, replicas_to_reseed
 from lordo_ds.comm.groups import of_all_ranks
 from lordo_ds.errors import CheckpointError, ConfigError
 
@@ -41,14 +40,3 @@ def agreed(attempt: Callable[[], _T]) -> _T:
     if first:
         raise CheckpointError(first if first.startswith("LoRDO: ") else f"LoRDO: {first}") from error
     return result  # type: ignore[return-value]
-
-
-def reseeded_later(found: list[NotFinite], replicas: int, where: str) -> list[int]:
-    """The replicas that the next sync will reseed, from what each rank found not to be finite. Collective over all.
-
-    Raises:
-        CheckpointError: a sync cannot mend it.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return replicas_to_reseed(found, replicas, where)
-    return replicas_to_reseed([one for some in of_all_ranks(found) for one in some], replicas, where)

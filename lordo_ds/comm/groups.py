@@ -85,7 +85,9 @@ def make_groups(wanted: Sequence[Sequence[int]]) -> list[dist.ProcessGroup]:
 
 
 def of_all_ranks(value: _T) -> list[_T]:
-    """The value of every rank of the world. Collective."""
+    """The value of every rank of the world, or of the one process that there is. Collective."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -39,10 +39,11 @@ from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.header import refuse_differences
 from lordo_ds.checkpoint.portable import is_portable
 from lordo_ds.checkpoint.rng import set_rng_state
-from lordo_ds.comm.agreement import agreed, reseeded_later
+from lordo_ds.comm.agreement import agreed
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
 from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
+from lordo_ds.saved_state import reseeded_later
 from lordo_ds.watch.liveness import LOAD
 
 logger = logging.getLogger("lordo_ds")
