@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.equalise import equalise_untrained
 from lordo_ds.comm.groups import of_all_ranks, replica_groups
-from lordo_ds.comm.inside import InsideComm
+from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.comm.wrapped import refuse_splitting
+from lordo_ds.comm.wrapped import refuse_averaging, refuse_splitting
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts
 from lordo_ds.core.names import embedding_in
 from lordo_ds.core.steppable import refuse_shared_memory, refuse_unsteppable
 from lordo_ds.errors import ConfigError
-from lordo_ds.start_table import RunShape
+from lordo_ds.replica.model_size import ModelSize
+from lordo_ds.start_table import RunShape, show_messages, start_table
 from lordo_ds.sync.alike import Start, require_alike, start_alone
 from lordo_ds.sync.outer_sync import OuterSync
 
@@ -172,6 +173,26 @@ def shape_alone(sync: OuterSync) -> RunShape:
     return RunShape(sync.wire.replicas, sync.wire.index, size)
 
 
+def prepare(
+    model: GivenModel | None,
+    flats: Sequence[FlatTensor],
+    wire: ReplicaWire,
+    inside: InsideReplica,
+    resuming: bool,
+) -> None:
+    """What comes before the optimizer attaches: refusals, and equal models. Collective over replicas.
+
+    Args:
+        resuming: every replica keeps what it has loaded.
+    """
+    if wire.replicas > 1:
+        replica = dist.get_process_group_ranks(inside.rows.group)
+        refuse_averaging({flat.tensor for flat in flats}, replica)
+    if not resuming:
+        equalise_model(model, flats, wire, inside.device)
+    show_messages(dist_rank())
+
+
 def equalise_model(
     model: GivenModel | None, flats: Sequence[FlatTensor], wire: ReplicaWire, device: torch.device
 ) -> None:
@@ -187,6 +208,16 @@ def equalise_model(
     equalise_untrained(model.module, trained, wire, device)
 
 
+def say_start(config: LordoConfig, flats: Sequence[FlatTensor], sync: OuterSync, size: ModelSize) -> None:
+    """What rank 0 says when it has attached."""
+    if dist_rank() == 0:
+        warn_of_missing_names(
+            [item.plan for item in sync.items], named=all(flat.pieces[0].facts.named for flat in flats)
+        )
+        for line in start_table(config, shape_alone(sync), size, sync.items):
+            logger.info(line)
+
+
 def warn_of_missing_names(plans: Sequence[ParameterPlan], named: bool) -> None:
     projected = sum(plan.low_rank for plan in plans)
     if projected and not named:
@@ -197,15 +228,16 @@ def warn_of_missing_names(plans: Sequence[ParameterPlan], named: bool) -> None:
         )
 
 
-def warn_of_equal_gradients(gradients: Sequence[Tensor]) -> None:
+def warn_of_equal_gradients(param_groups: Sequence[Mapping[str, Any]]) -> None:
     """Say so where all replicas got the same first gradients, to the bit. Collective over all ranks, once.
 
     Either something averages gradients over all of them at every step, or all were given the same data; both make
     replicas useless, and neither is an error that can be proved.
 
     Args:
-        gradients: of this rank; none if it skipped its first step.
+        param_groups: with this rank's gradients; none if it skipped its first step.
     """
+    gradients = [t.grad for group in param_groups for t in group["params"] if t.grad is not None]
     mine = checksum(gradients) if any(bool(gradient.any()) for gradient in gradients) else 0
     if set(of_all_ranks(mine)) == {mine} and mine and dist.get_rank() == 0:
         logger.warning(

@@ -7,24 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from lordo_ds import saved_state
-from lordo_ds.alone import (
-    agreed_tensors,
-    dist_rank,
-    equalise_model,
-    given_model,
-    replicas_of_torch,
-    shape_alone,
-    warn_of_equal_gradients,
-    warn_of_missing_names,
-)
+from lordo_ds import alone, saved_state
 from lordo_ds.checkpoint.header import OWN_FILE_HINT, Counters, EngineFacts, Header
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.comm.wrapped import refuse_averaging
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor
@@ -34,7 +22,6 @@ from lordo_ds.replica.allocate import Held, allocate
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.replica.model_size import ModelSize, model_size
 from lordo_ds.replica.steps import Steps
-from lordo_ds.start_table import show_messages, start_table
 from lordo_ds.sync.made_up_step import only_makes_state
 from lordo_ds.sync.outer_sync import OuterSync
 from lordo_ds.sync.report import SyncReport
@@ -68,7 +55,7 @@ class LoRDO(torch.optim.Optimizer):
 
     def __init__(self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, **settings: Any) -> None:
         self.config = LordoConfig.parse(settings, path="")
-        given, self._model = given_model(params, model)
+        given, self._model = alone.given_model(params, model)
         # Set by the engine adapter: step() then does nothing until `attach`, and never syncs by itself.
         self.managed = False
         self.attempted_steps = self.executed_steps = 0
@@ -135,21 +122,15 @@ class LoRDO(torch.optim.Optimizer):
         """Without an engine: names from the model or the groups, replicas from torch.distributed. Collective."""
         self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
         with self.watchdog.starting():
-            flats = agreed_tensors(self, self.config, self.param_groups, self._model)
-            wire, twins = replicas_of_torch(self.config.replica_size)
-        if wire.replicas > 1:
-            replica = dist.get_process_group_ranks(twins.group)
-            refuse_averaging({flat.tensor for flat in flats}, replica)
+            flats = alone.agreed_tensors(self, self.config, self.param_groups, self._model)
+            wire, twins = alone.replicas_of_torch(self.config.replica_size)
         device = flats[0].tensor.device if flats else torch.device("cpu")
-        if not resuming:
-            equalise_model(self._model, flats, wire, device)
-        show_messages(dist_rank())
-        self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device), resuming=resuming)
+        inside = InsideReplica(everyone=twins, rows=twins, device=device)
+        alone.prepare(self._model, flats, wire, inside, resuming)
+        self.attach(flats, wire, inside, resuming=resuming)
+        assert self.sync is not None
         self._first_attempt = wire.replicas > 1 and not resuming
-        if dist_rank() == 0:
-            warn_of_missing_names(self.plans, named=all(flat.pieces[0].facts.named for flat in flats))
-            for line in start_table(self.config, shape_alone(self.sync), self.model_size, self.sync.items):
-                logger.info(line)
+        alone.say_start(self.config, flats, self.sync, self.model_size)
 
     def _detach(self) -> None:
         """As before the first step."""
@@ -202,8 +183,7 @@ class LoRDO(torch.optim.Optimizer):
         """The end of an attempt that no engine counts."""
         if self._first_attempt:
             self._first_attempt = False
-            gradients = [t.grad for group in self.param_groups for t in group["params"] if t.grad is not None]
-            warn_of_equal_gradients(gradients if self._executed_now else [])
+            alone.warn_of_equal_gradients(self.param_groups if self._executed_now else [])
         self.end_attempt()
 
     # -- around an attempted step --------------------------------------------------------------------
