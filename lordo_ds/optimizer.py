@@ -170,8 +170,7 @@ class LoRDO(torch.optim.Optimizer):
     def skip_step(self) -> None:
         """Count an attempted step that this replica leaves out, in place of `step()`; it ends in the sync that is due.
 
-        For a loop of one's own that drops a batch on one replica. An overflow that `torch.amp.GradScaler` found counts
-        by itself, as its `step()` then calls ours.
+        For a loop of one's own that drops a batch on one replica. A GradScaler's overflow counts by itself.
         """
         if self.managed:
             raise ValueError("LoRDO: skip_step() is for an optimizer used alone: here the engine counts the attempts")

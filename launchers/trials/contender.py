@@ -11,13 +11,13 @@ from trials.bench import spread
 
 BASELINES = ("torch AdamW (fused)", "DeepSpeed AdamW")
 SYNC_INTERVAL = 32  # of configs/ds/lordo.json: a sync's time is spread over so many steps
-# What a projected step consists of: functions of lordo_ds.replica.inner_step.
+# What a projected step consists of: functions that lordo_ds.replica.inner_step calls.
 PARTS = {
     "project": ("_project",),
     "moments": ("_advance",),
     "lift": ("_apply",),
-    "border rows": ("_sum_borders",),
-    "columns": ("_scatter_columns", "_gather_columns"),
+    "border rows": ("sum_borders",),
+    "columns": ("scatter_columns", "gather_columns"),
 }
 
 
