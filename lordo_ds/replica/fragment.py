@@ -215,6 +215,7 @@ class Fragment:
             return self.comm.broadcast_(whole, "basis", holder)
         if self.comm.size == 1:
             return self.basis
+        # (s, r): each row from the shard that owns it, zero elsewhere, so that the sum joins them
         whole = self.weight.new_zeros(self.plan.basis_side, self.plan.rank)
         first = self.shards.rows(self.comm.index)[0]
         own_first, own_last = self.shards.owned_rows(self.comm.index)
@@ -226,7 +227,7 @@ class Fragment:
         assert self.shards is not None
         if self.basis_rows:
             first, last = self.shards.rows(self.comm.index) if self.shards.basis_on_rows else (0, self.plan.basis_side)
-            self.basis.copy_(whole[first:last])
+            self.basis.copy_(whole[first:last])  # (s, r) -> (basis rows, r)
         self.state["has_basis"] = True
 
     # -- a whole matrix ------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ class Fragment:
         """The matrix (s, l) of elements laid out like the fragment; of tensor slices, this one's columns."""
         if self.comm.size == 1:
             return self.plan.orient(elements.view(self.plan.shape))
-        whole = elements.new_zeros(self.plan.basis_side, self.plan.other_side)
+        whole = elements.new_zeros(self.plan.basis_side, self.plan.other_side)  # (s, l); shards' tiles do not overlap
         for tile in self.tiles:
             whole[tile.s_whole, tile.l_whole] = tile.view(elements)
         return self.comm.sum_(whole, "basis")

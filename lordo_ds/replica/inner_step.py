@@ -55,9 +55,9 @@ def _project(fragment: Fragment, gradient: Tensor, settings: StepSettings, measu
     lines = fragment.weight.new_zeros(rank * (1 + needs_gradient) + factored, fragment.coordinate_columns)
     row_sums = fragment.weight.new_zeros(fragment.basis_rows) if factored else None
     for tile in fragment.tiles:
-        G, Q = tile.view(gradient), fragment.basis[tile.s]
+        G, Q = tile.view(gradient), fragment.basis[tile.s]  # (s, l) and (s, r) of the tile
         A = with_error(G, None if fragment.error is None else tile.view(fragment.error))
-        target = lines[:, tile.l]
+        target = lines[:, tile.l]  # (n, l), a view
         target[:rank].addmm_(Q.mT, A)
         if needs_gradient:
             target[rank : 2 * rank].addmm_(Q.mT, G)
