@@ -17,7 +17,7 @@ from lordo_ds.core.basis import WholeMatrix, overlap, refresh_basis, sketch_seed
 from lordo_ds.core.inner import rotate_moments_
 from lordo_ds.core.schedule import FIRST_STEPS, first_basis_due
 from lordo_ds.replica.fragment import Fragment, ShardedMatrix
-from lordo_ds.sync.moments import republish_
+from lordo_ds.replica.republish import republish_
 
 logger = logging.getLogger("lordo_ds")
 

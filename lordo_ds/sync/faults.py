@@ -12,10 +12,11 @@ import torch
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
+from lordo_ds.core.finite import all_finite
 from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.sync.outliers import SIZES, far_from_others, kept_tensors, of_whole_replica, sizes_of
-from lordo_ds.sync.report import SyncReport, all_finite
+from lordo_ds.sync.report import SyncReport
 
 logger = logging.getLogger("lordo_ds")
 

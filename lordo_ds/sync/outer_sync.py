@@ -24,9 +24,10 @@ from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.copies import TensorCopies, TiedCopies, TiedWeight
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.outside_changes import OutsideChanges
+from lordo_ds.replica.republish import republish_
 from lordo_ds.sync.faults import Condition, Faults
 from lordo_ds.sync.group_values import GroupValues
-from lordo_ds.sync.moments import common_moments_, republish_
+from lordo_ds.sync.moments import common_moments_
 from lordo_ds.sync.outer_step import OuterStep
 from lordo_ds.sync.outliers import SIZES
 from lordo_ds.sync.report import RowAverager, SyncReport
