@@ -397,7 +397,7 @@ class LoRDO(torch.optim.Optimizer):
             self.sync.check_copies(self.attempted_steps)
         if self.sync.bases.wait_for_all_replicas(self.attempted_steps):
             executed_before = self.executed_steps - self._executed_now
-            self.sync.bases.first(self.attempted_steps, executed_before, self._executed_now)
+            self.sync.first_bases(self.attempted_steps, executed_before, self._executed_now)
             changed = self._apply_deferred()
         if plan.due:
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)

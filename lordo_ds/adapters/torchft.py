@@ -273,7 +273,7 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
             "replica with one process, or leave torchft off"
         )
     wire = QuorumWire(group)
-    sync.wire = sync.bases.wire = sync.outside.wire = wire
+    sync.wire = sync.outside.wire = wire
     sync.bases.each_replica_its_own = optimizer.config.projection == "local"
     sync.faults = _faults(optimizer, wire)
     for item in sync.items:  # one replica alone keeps none where it can do without

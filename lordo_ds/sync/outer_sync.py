@@ -26,6 +26,7 @@ from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.outside_changes import OutsideChanges
 from lordo_ds.replica.republish import republish_
 from lordo_ds.sync.faults import Condition, Faults
+from lordo_ds.sync.first_basis import first_bases_
 from lordo_ds.sync.group_values import GroupValues
 from lordo_ds.sync.moments import common_moments_
 from lordo_ds.sync.outer_step import OuterStep
@@ -58,7 +59,8 @@ class OuterSync:
         bucket_numel: int = DEFAULT_BUCKET_NUMEL,
     ) -> None:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
-        self.bases = Bases(config, items, wire, inside)
+        each_replica_its_own = wire.replicas == 1 or config.projection == "local"
+        self.bases = Bases(config, items, inside, each_replica_its_own)
         self.faults = Faults(config, items, wire, inside)
         self.outside = OutsideChanges(items, wire, inside)
         self.group_values = GroupValues(items, inside)
@@ -130,6 +132,10 @@ class OuterSync:
         self.tied_copies.check_gradients(step)
 
     # -- the sync ------------------------------------------------------------------------------------
+
+    def first_bases(self, step: int, executed_before: int, executed_now: bool) -> None:
+        """At the end of a step that `Bases.wait_for_all_replicas` asks it of: see `first_bases_`. Collective."""
+        first_bases_(self.bases, self.wire, step, executed_before, executed_now)
 
     @torch.no_grad()
     def run(self, plan: SyncPlan, step: int, executed_steps: int, executed_now: bool) -> int:
