@@ -15,6 +15,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.finite import all_finite
 from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
+from lordo_ds.sync.header import RankCondition
 from lordo_ds.sync.outliers import SIZES, far_from_others, kept_tensors, of_whole_replica, sizes_of
 from lordo_ds.sync.report import SyncReport
 
@@ -81,12 +82,12 @@ class Faults:
         """
         own = sizes_of(self.items, self.judges)
         bad, self.doubtful = self.doubtful or not all(map(math.isfinite, own)), False
-        bits = torch.tensor(own, dtype=torch.float64).view(torch.int64).tolist()
-        rows = self.inside.everyone.gather(self.inside.vector([int(bad), groups, *bits]), "flags").cpu()
-        sizes = of_whole_replica(rows[:, 2:].contiguous().view(torch.float64))
+        mine = RankCondition(bad, groups, tuple(own))
+        ranks, _ = mine.exchange(self.inside.everyone, self.inside, "flags")
+        sizes = of_whole_replica(torch.tensor([rank.sizes for rank in ranks], dtype=torch.float64))
         if not all(map(math.isfinite, own)):
             logger.warning("LoRDO: %s of replica %d is not finite", self._broken(), self.wire.index)
-        return Condition(not bool(rows[:, 0].any()), tuple(sizes), int(rows[:, 1].sum()))
+        return Condition(not any(rank.bad for rank in ranks), tuple(sizes), sum(rank.groups for rank in ranks))
 
     def _broken(self) -> str:
         for item in self.items:

@@ -12,8 +12,7 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.schedule import first_basis_due
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.fragment import Fragment
-
-_FLAGS = 4  # step, gives a gradient, steps executed before, executed now
+from lordo_ds.sync.header import FirstBasisFlags
 
 
 def first_bases_(bases: Bases, wire: ReplicaWire, step: int, executed_before: int, executed_now: bool) -> None:
@@ -29,19 +28,17 @@ def first_bases_(bases: Bases, wire: ReplicaWire, step: int, executed_before: in
     waiting = [item for item in bases.items if not item.has_basis]
     peaks = _peaks(waiting)
     gives = not bases.inside.any_rank(not executed_now or not all(map(math.isfinite, peaks)))
-    fields = [step, int(gives), executed_before, int(executed_now)]
-    assert len(fields) == _FLAGS
-    mine = fields + [int(peak > 0) for peak in peaks]
-    flags = wire.gather(bases.inside.vector(mine), "first_basis").cpu()
-    wire.assert_same("step", flags[:, 0])
-    stepped_before = bool(flags[:, 2].any())
-    bases.some_replica_has_stepped = stepped_before or bool(flags[:, 3].any())
-    givers = flags[:, 1].nonzero().flatten()
-    if not len(givers) or (stepped_before and not first_basis_due(bases.config, step)):
+    mine = FirstBasisFlags(step, gives, executed_before, executed_now)
+    flags, moves = mine.exchange(wire, bases.inside, "first_basis", [int(peak > 0) for peak in peaks])
+    wire.assert_same("step", torch.tensor([one.step for one in flags]))
+    stepped_before = any(one.executed_before for one in flags)
+    bases.some_replica_has_stepped = stepped_before or any(one.executed_now for one in flags)
+    givers = [m for m, one in enumerate(flags) if one.gives_gradient]
+    if not givers or (stepped_before and not first_basis_due(bases.config, step)):
         return
-    for column, item in enumerate(waiting, start=_FLAGS):
+    for item, moved in zip(waiting, moves.T, strict=True):
         mean = torch.zeros_like(item.weight)
-        if bool(flags[givers, column].any()):
+        if bool(moved[givers].any()):
             if gives and item.gradient is not None:
                 mean.copy_(item.gradient)
             wire.sum_(mean, "first_basis").div_(len(givers))
@@ -53,7 +50,7 @@ def first_bases_bytes(bases: Bases, wire: ReplicaWire) -> int:
     """Bytes that this rank sends across replicas in a step that gives all matrices their first bases."""
     if bases.each_replica_its_own or wire.replicas == 1:
         return 0
-    flags = gather_bytes(8 * (_FLAGS + len(bases.items)), wire.replicas)
+    flags = gather_bytes(8 * (FirstBasisFlags.width() + len(bases.items)), wire.replicas)
     return flags + sum(wire.sum_bytes(item.numel, item.weight.element_size()) for item in bases.items)
 
 

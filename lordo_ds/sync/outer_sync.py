@@ -28,18 +28,14 @@ from lordo_ds.replica.republish import republish_
 from lordo_ds.sync.faults import Condition, Faults
 from lordo_ds.sync.first_basis import first_bases_
 from lordo_ds.sync.group_values import GroupValues
+from lordo_ds.sync.header import Header, Trailer
 from lordo_ds.sync.moments import common_moments_
 from lordo_ds.sync.outer_step import OuterStep
-from lordo_ds.sync.outliers import SIZES
 from lordo_ds.sync.report import RowAverager, SyncReport
 
 logger = logging.getLogger("lordo_ds")
 
 DEFAULT_BUCKET_NUMEL = 1 << 24  # elements of a shard reduced in one message; bounds the workspace of a sync
-# step, rows, their length, finite, executed steps, executed now, basis checksum, digest of the groups, outside changes
-# (two fields), sizes
-_HEADER_FIELDS = 10 + len(SIZES)
-_TRAILER_FIELDS = 4  # checksum, |D_m|^2, energy inside the basis, energy
 
 
 class OuterSync:
@@ -157,15 +153,15 @@ class OuterSync:
         """
         began, sent_before = time.perf_counter(), self.wire.ledger.total_bytes
         report = self.last_report = SyncReport(step, self.wire.replicas, 0)
-        header, fit = self._exchange_header(report, executed_steps, executed_now)
+        headers, steps, fit = self._exchange_headers(report, executed_steps, executed_now)
         participants = self.faults.participants(fit, report)
         report.participants = len(participants)
-        self.rows.reduce(self.wire, self.inside, header[:, 1:3])
-        common_executed = int(header[:, 4].max())
+        self.rows.reduce(self.wire, self.inside, torch.tensor([(one.rows, one.row_length) for one in headers]))
+        common_executed = max(one.executed_steps for one in headers)
         if participants:
             self.nonfinite_syncs = 0
             self.left_out_syncs += len(participants) < self.wire.replicas
-            shares: tuple[float, ...] = self._sync_participants(plan, report, header, participants)
+            shares: tuple[float, ...] = self._sync_participants(plan, report, headers, steps, participants)
         else:
             shares = (0.0, 0.0, 0.0, 0.0)
             self.nonfinite_syncs += 1
@@ -177,52 +173,61 @@ class OuterSync:
         report.bytes_sent = self.wire.ledger.total_bytes - sent_before
         return common_executed
 
-    def _exchange_header(
+    def _exchange_headers(
         self, report: SyncReport, executed_steps: int, executed_now: bool
-    ) -> tuple[Tensor, list[bool]]:
-        """What every replica tells of itself; and which of them are finite and near the others."""
+    ) -> tuple[list[Header], Tensor, list[bool]]:
+        """What every replica tells of itself; with t of every item, (replicas, items), and who is fit to take part."""
         step = report.step
         # One replica that keeps no anchor has nothing to return to: like AdamW, it goes on.
         can_return = self.wire.replicas > 1 or not self.config.outer.is_plain_average
         condition = self.faults.condition(self.group_values.digest()) if can_return else Condition()
         shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
-        fields = [step, *self.rows.shape, int(condition.finite), executed_steps, int(executed_now)]
-        fields += [checksum(shared_bases), condition.groups, *self.outside.header_fields()]
-        fields += torch.tensor(condition.sizes, dtype=torch.float64).view(torch.int64).tolist()
-        assert len(fields) == _HEADER_FIELDS
-        header = self.wire.gather(
-            self.inside.vector(fields + [item.step for bucket in self.buckets for item in bucket]), "header"
-        ).cpu()
-        self.wire.assert_same("step", header[:, 0])
+        rows, row_length = self.rows.shape
+        basis_checksum = checksum(shared_bases)
+        loaded, load_fault = self.outside.header_fields()
+        mine = Header(
+            step=step,
+            rows=rows,
+            row_length=row_length,
+            finite=condition.finite,
+            executed_steps=executed_steps,
+            executed_now=executed_now,
+            basis_checksum=basis_checksum,
+            groups=condition.groups,
+            loaded=loaded,
+            load_fault=load_fault,
+            sizes=condition.sizes,
+        )
+        in_order = [item.step for bucket in self.buckets for item in bucket]
+        headers, steps = mine.exchange(self.wire, self.inside, "header", in_order)
+        self.wire.assert_same("step", torch.tensor([one.step for one in headers]))
         if self.wire.steps_alike:
-            self.wire.assert_same("recorded rows", header[:, 1])
-        sizes = header[:, 10:_HEADER_FIELDS].contiguous().view(torch.float64).tolist()
-        fit = self.faults.fit(header[:, 3].bool().tolist(), sizes, header[:, 4].tolist(), report)
-        self.outside.check_header(header[:, 8:10], fit, step)
-        self.group_values.compare(self.wire, header[:, [4, 5, 7]], fit, step)
-        if not bool((header[:, 6] == header[0, 6]).all()):
+            self.wire.assert_same("recorded rows", torch.tensor([one.rows for one in headers]))
+        executed = [one.executed_steps for one in headers]
+        fit = self.faults.fit([one.finite for one in headers], [one.sizes for one in headers], executed, report)
+        self.outside.check_header(torch.tensor([(one.loaded, one.load_fault) for one in headers]), fit, step)
+        self.group_values.compare(self.wire, headers, fit, step)
+        if len({one.basis_checksum for one in headers}) > 1:
             raise SyncError(
                 f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
             )
-        return header, fit
+        return headers, steps, fit
 
     def _sync_participants(
-        self, plan: SyncPlan, report: SyncReport, header: Tensor, participants: list[int]
+        self, plan: SyncPlan, report: SyncReport, headers: list[Header], steps: Tensor, participants: list[int]
     ) -> tuple[float, ...]:
         """Returns this rank's share of what the report adds up: see `_finish`."""
         takes_part = self.wire.index in participants
-        gives_gradient = [m for m in participants if header[m, 5]]
+        gives_gradient = [m for m in participants if headers[m].executed_now]
         own_norm, mean_norm, overlaps = 0.0, 0.0, [0.0, 0.0]
-        position = _HEADER_FIELDS
-        for bucket in self.buckets:
-            steps = header[:, position : position + len(bucket)]
-            position += len(bucket)
+        of_buckets = steps.split([len(bucket) for bucket in self.buckets], dim=1)
+        for bucket, bucket_steps in zip(self.buckets, of_buckets, strict=True):
             anchored = [item for item in bucket if "anchor" in item.state]
             means, own = self._mean_pseudo_gradients(anchored, participants, takes_part)
             own_norm += own
             mean_norm += sum(float(m.square().sum()) for i, m in zip(anchored, means, strict=True) if i.counts)
             self.outer_step.run_(anchored, means, plan, self.wire.replicas)
-            common_moments_(bucket, steps, participants, takes_part, plan, self.config, self.wire)
+            common_moments_(bucket, bucket_steps, participants, takes_part, plan, self.config, self.wire)
             by_item = {id(item): mean for item, mean in zip(anchored, means, strict=True)}
             for item in bucket if plan.refresh_basis else ():
                 matrix = self._basis_matrix(item, by_item, gives_gradient, takes_part)
@@ -291,19 +296,17 @@ class OuterSync:
         for item in self.items:
             item.gradient = item.own_pseudo_gradient = None
         if self.wire.replicas > 1:
-            numbers = torch.tensor([own_norm, inside, energy], dtype=torch.float64)
-            trailer = torch.cat([torch.tensor([checksum(self._shared_tensors(plan))]), numbers.view(torch.int64)])
-            assert trailer.numel() == _TRAILER_FIELDS
-            rows = self.wire.gather(self.inside.vector(trailer.tolist()), "checksum").cpu()
-            if not bool((rows[:, 0] == rows[0, 0]).all()):
+            mine = Trailer(checksum(self._shared_tensors(plan)), own_norm, inside, energy)
+            trailers, _ = mine.exchange(self.wire, self.inside, "checksum")
+            if len({one.checksum for one in trailers}) > 1:
                 raise SyncError(
                     f"LoRDO: the replicas differ after the sync at step {report.step}: {self._culprit('all', plan)}"
                 )
-            totals = rows[:, 1:].contiguous().view(torch.float64).sum(0)
-            mean_own = float(totals[0]) / max(1, report.participants)
+            parts = [(one.own_norm, one.inside_energy, one.energy) for one in trailers]
+            total_own, inside, energy = torch.tensor(parts, dtype=torch.float64).sum(0).tolist()
+            mean_own = total_own / max(1, report.participants)
             # Mean squared distance from the mean, by the variance identity.
             report.drift = (max(0.0, mean_own - mean_norm) / mean_norm) ** 0.5 if mean_norm > 0 else 0.0
-            inside, energy = float(totals[1]), float(totals[2])
         report.captured_gradient_energy = inside / energy if energy > 0 else None
 
     def _gradient_energies(self) -> tuple[float, float]:
@@ -353,8 +356,8 @@ class OuterSync:
         replicas = self.wire.replicas
         if replicas == 1:
             return 0
-        sent = gather_bytes(8 * (_HEADER_FIELDS + len(self.items)), replicas) + gather_bytes(
-            8 * _TRAILER_FIELDS, replicas
+        sent = gather_bytes(8 * (Header.width() + len(self.items)), replicas) + gather_bytes(
+            8 * Trailer.width(), replicas
         )
         if rows:
             sent += self.wire.sum_bytes(rows * (row_length + 1), 8)
