@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,20 +17,17 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.outer import pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
-from lordo_ds.errors import SyncError
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.copies import TensorCopies, TiedCopies, TiedWeight
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.outside_changes import OutsideChanges
-from lordo_ds.replica.republish import republish_
+from lordo_ds.sync.bucket import BucketSync, Round, Shares
+from lordo_ds.sync.equality import Equality
 from lordo_ds.sync.faults import Condition, Faults
 from lordo_ds.sync.first_basis import first_bases_
 from lordo_ds.sync.group_values import GroupValues
 from lordo_ds.sync.header import Header, Trailer
-from lordo_ds.sync.moments import common_moments_
-from lordo_ds.sync.outer_step import OuterStep
 from lordo_ds.sync.report import RowAverager, SyncReport
 
 logger = logging.getLogger("lordo_ds")
@@ -60,7 +57,8 @@ class OuterSync:
         self.faults = Faults(config, items, wire, inside)
         self.outside = OutsideChanges(items, wire, inside)
         self.group_values = GroupValues(items, inside)
-        self.outer_step = OuterStep(config, inside)
+        self.bucket_sync = BucketSync(config, self.bases, inside)
+        self.equality = Equality(items, self.bases, inside)
         self.tensor_copies, self.tied_copies = TensorCopies(items, inside.tensor), TiedCopies(items, tied)
         order = [self.items[i] for i in balanced_order([item.intervals for item in self.items])]
         whole = [item.plan.numel for item in order if item.plan.low_rank and config.outer.orthogonalize]
@@ -158,17 +156,19 @@ class OuterSync:
         report.participants = len(participants)
         self.rows.reduce(self.wire, self.inside, torch.tensor([(one.rows, one.row_length) for one in headers]))
         common_executed = max(one.executed_steps for one in headers)
+        shares = Shares()
         if participants:
             self.nonfinite_syncs = 0
             self.left_out_syncs += len(participants) < self.wire.replicas
-            shares: tuple[float, ...] = self._sync_participants(plan, report, headers, steps, participants)
+            gives_gradient = [m for m in participants if headers[m].executed_now]
+            who = Round(plan, step, participants, gives_gradient, self.wire.index)
+            self._sync_participants(report, who, steps, shares)
         else:
-            shares = (0.0, 0.0, 0.0, 0.0)
             self.nonfinite_syncs += 1
             self.faults.return_to_anchor_(report, sum(fit), self.nonfinite_syncs)
         self.syncs += 1
         self.last_synced_step = step
-        self._finish(plan, report, shares)
+        self.equality.finish(plan, report, shares, self.wire)
         report.seconds = time.perf_counter() - began
         report.bytes_sent = self.wire.ledger.total_bytes - sent_before
         return common_executed
@@ -181,9 +181,8 @@ class OuterSync:
         # One replica that keeps no anchor has nothing to return to: like AdamW, it goes on.
         can_return = self.wire.replicas > 1 or not self.config.outer.is_plain_average
         condition = self.faults.condition(self.group_values.digest()) if can_return else Condition()
-        shared_bases = [] if self.bases.each_replica_its_own else [i.basis for i in self.items if i.plan.low_rank]
         rows, row_length = self.rows.shape
-        basis_checksum = checksum(shared_bases)
+        basis_checksum = self.equality.of_bases()
         loaded, load_fault = self.outside.header_fields()
         mine = Header(
             step=step,
@@ -207,144 +206,19 @@ class OuterSync:
         fit = self.faults.fit([one.finite for one in headers], [one.sizes for one in headers], executed, report)
         self.outside.check_header(torch.tensor([(one.loaded, one.load_fault) for one in headers]), fit, step)
         self.group_values.compare(self.wire, headers, fit, step)
-        if len({one.basis_checksum for one in headers}) > 1:
-            raise SyncError(
-                f"LoRDO: the replicas' bases differ before the sync at step {step}: {self._culprit('basis')}"
-            )
+        self.equality.require_bases(headers, self.wire, step)
         return headers, steps, fit
 
-    def _sync_participants(
-        self, plan: SyncPlan, report: SyncReport, headers: list[Header], steps: Tensor, participants: list[int]
-    ) -> tuple[float, ...]:
-        """Returns this rank's share of what the report adds up: see `_finish`."""
-        takes_part = self.wire.index in participants
-        gives_gradient = [m for m in participants if headers[m].executed_now]
-        own_norm, mean_norm, overlaps = 0.0, 0.0, [0.0, 0.0]
+    def _sync_participants(self, report: SyncReport, who: Round, steps: Tensor, shares: Shares) -> None:
+        """Collective over all replicas, those that are left out too."""
         of_buckets = steps.split([len(bucket) for bucket in self.buckets], dim=1)
         for bucket, bucket_steps in zip(self.buckets, of_buckets, strict=True):
-            anchored = [item for item in bucket if "anchor" in item.state]
-            means, own = self._mean_pseudo_gradients(anchored, participants, takes_part)
-            own_norm += own
-            mean_norm += sum(float(m.square().sum()) for i, m in zip(anchored, means, strict=True) if i.counts)
-            self.outer_step.run_(anchored, means, plan, self.wire.replicas)
-            common_moments_(bucket, bucket_steps, participants, takes_part, plan, self.config, self.wire)
-            by_item = {id(item): mean for item, mean in zip(anchored, means, strict=True)}
-            for item in bucket if plan.refresh_basis else ():
-                matrix = self._basis_matrix(item, by_item, gives_gradient, takes_part)
-                if matrix is None:
-                    continue
-                overlap = self.bases.refresh(item, matrix, report.step)
-                if overlap is not None and self.inside.tensor.index == 0:
-                    overlaps = [overlaps[0] + overlap, overlaps[1] + 1.0]
-            republish_(bucket, self.inside.shard)
+            self.bucket_sync.run_(bucket, bucket_steps, who, self.wire, shares)
             if self.wire.replicas > 1:
                 self.tensor_copies.republish_(bucket)
         if self.wire.replicas > 1:
             self.tied_copies.republish_(moments=self.config.average_dense_moments)
-        self.faults.reseed_(participants, report)
-        return own_norm, mean_norm, *overlaps
-
-    def _mean_pseudo_gradients(
-        self, items: list[Fragment], participants: list[int], takes_part: bool
-    ) -> tuple[list[Tensor], float]:
-        """D of each item, averaged over the participants; and the squared norm of this replica's own."""
-        if not items:
-            return [], 0.0
-        flat = items[0].weight.new_zeros(sum(item.numel for item in items))
-        parts = list(flat.split([item.numel for item in items]))
-        if takes_part:
-            for item, part in zip(items, parts, strict=True):
-                pseudo_gradient(item.state["anchor"], item.weight, out=part)
-                if self.config.projection == "local":
-                    item.own_pseudo_gradient = part.clone()
-        own = sum(float(part.square().sum()) for item, part in zip(items, parts, strict=True) if item.counts)
-        if self.wire.replicas > 1 and flat.numel():
-            flat.div_(len(participants))
-            if self.config.pseudo_gradient_dtype == "bf16":
-                flat.copy_(self.wire.sum_(flat.to(torch.bfloat16), "pseudo_gradient"))
-            else:
-                self.wire.sum_(flat, "pseudo_gradient")
-        return parts, own
-
-    def _basis_matrix(
-        self, item: Fragment, means: dict[int, Tensor], gives_gradient: list[int], takes_part: bool
-    ) -> Tensor | None:
-        """What the basis of this item is refreshed from at a sync; None where a sync does not refresh it."""
-        if not item.plan.low_rank or not item.has_basis:
-            return None
-        if self.config.basis_source != "gradient":
-            if self.config.projection == "local" and self.wire.replicas > 1:
-                return item.own_pseudo_gradient
-            return means[id(item)]
-        if self.bases.each_replica_its_own:
-            return None  # refreshed inside the due step already
-        matrix = torch.zeros_like(item.weight)
-        if self.wire.index in gives_gradient and item.gradient is not None:
-            matrix.copy_(item.gradient)
-        return self.wire.sum_(matrix, "gradient").div_(max(1, len(gives_gradient)))
-
-    def _finish(self, plan: SyncPlan, report: SyncReport, shares: tuple[float, ...]) -> None:
-        """Prove that the replicas are equal, and average what the report says of them.
-
-        Args:
-            shares: this rank's share of |D_m|^2, |D|^2, the sum of overlaps, and how many they are.
-        """
-        report.basis_notes = self.bases.take_notes(report.step)
-        sums = torch.tensor([*shares, *self._gradient_energies()], dtype=torch.float64, device=self.inside.device)
-        own_norm, mean_norm, overlaps, refreshed, inside, energy = self.inside.everyone.sum_(sums, "report").tolist()
-        report.overlap = overlaps / refreshed if refreshed else None
-        for item in self.items:
-            item.gradient = item.own_pseudo_gradient = None
-        if self.wire.replicas > 1:
-            mine = Trailer(checksum(self._shared_tensors(plan)), own_norm, inside, energy)
-            trailers, _ = mine.exchange(self.wire, self.inside, "checksum")
-            if len({one.checksum for one in trailers}) > 1:
-                raise SyncError(
-                    f"LoRDO: the replicas differ after the sync at step {report.step}: {self._culprit('all', plan)}"
-                )
-            parts = [(one.own_norm, one.inside_energy, one.energy) for one in trailers]
-            total_own, inside, energy = torch.tensor(parts, dtype=torch.float64).sum(0).tolist()
-            mean_own = total_own / max(1, report.participants)
-            # Mean squared distance from the mean, by the variance identity.
-            report.drift = (max(0.0, mean_own - mean_norm) / mean_norm) ** 0.5 if mean_norm > 0 else 0.0
-        report.captured_gradient_energy = inside / energy if energy > 0 else None
-
-    def _gradient_energies(self) -> tuple[float, float]:
-        inside = energy = 0.0
-        for item in self.items:
-            measured, item.energies = item.energies, None
-            if item.counts and measured is not None and all(bool(torch.isfinite(value)) for value in measured):
-                inside, energy = inside + float(measured[0]), energy + float(measured[1])
-        return inside, energy
-
-    def _shared_tensors(self, plan: SyncPlan, item: Fragment | None = None) -> Iterator[Tensor]:
-        """Everything that must be bitwise equal on all replicas after a sync."""
-        for one in self.items if item is None else [item]:
-            yield one.weight
-            if "outer_momentum" in one.state:
-                yield one.state["outer_momentum"]
-            if one.plan.low_rank and not self.bases.each_replica_its_own:
-                yield one.basis
-                if plan.average_exp_avg:
-                    yield one.state["exp_avg"]
-                # Re-expressing v mixes in u: with a u of its own on each replica it differs by right.
-                if plan.average_exp_avg_sq and (plan.average_exp_avg or not plan.refresh_basis):
-                    yield one.state["exp_avg_sq"]
-
-    def _culprit(self, what: str, plan: SyncPlan | None = None) -> str:
-        """Name the first parameter whose tensors differ between replicas. Collective."""
-        sums = []
-        for item in self.items:
-            if what == "basis" or plan is None:
-                sums.append(checksum([item.basis] if item.plan.low_rank else []))
-            else:
-                sums.append(checksum(self._shared_tensors(plan, item)))
-        rows = self.wire.gather(self.inside.vector(sums), "checksum").cpu()
-        for column, item in enumerate(self.items):
-            odd = [m for m in range(self.wire.replicas) if rows[m, column] != rows[0, column]]
-            if odd:
-                return f"{item.plan.name} on replicas {odd} against replica 0"
-        return "no single parameter"
+        self.faults.reseed_(who.participants, report)
 
     def flush_rows(self) -> None:
         """Average the recorded rows now, apart from a sync. Collective."""
