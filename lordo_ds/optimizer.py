@@ -379,7 +379,7 @@ class LoRDO(torch.optim.Optimizer):
         self.attempted_steps += 1
         self.executed_steps += self._executed_now
         with self.watchdog.at_the_end_of(self.attempted_steps):
-            changed = self._cross_replicas()
+            changed = self.sync.members.around(self.cross_replicas)
         if self.synced:
             self.watchdog.synced(self.attempted_steps)
         self.last_attempt_executed, self._executed_now = self._executed_now, False
@@ -389,7 +389,8 @@ class LoRDO(torch.optim.Optimizer):
             self.sync.outside.record()
         return changed
 
-    def _cross_replicas(self) -> bool:
+    def cross_replicas(self) -> bool:
+        """What `Members.around` runs at the end of an attempted step; whether weights changed. Collective."""
         assert self.sync is not None
         changed = False
         plan = sync_plan(self.config, self.attempted_steps)
@@ -432,6 +433,10 @@ class LoRDO(torch.optim.Optimizer):
         """
         if self.sync is None:
             raise ValueError("LoRDO: final_sync() comes after the first step: this optimizer has made none")
+        return self.sync.members.around(self._final_sync, final=True)
+
+    def _final_sync(self) -> bool:
+        assert self.sync is not None
         self.begin_attempt()
         with self.watchdog.at_the_end_of(self.attempted_steps):
             if self.synced:
@@ -443,6 +448,14 @@ class LoRDO(torch.optim.Optimizer):
         self.watchdog.synced(self.attempted_steps)
         self.sync.outside.record()
         return True
+
+    def forget_attempt(self) -> None:
+        """What was made since the last sync counts no more: the state of another replica is in its place."""
+        assert self.sync is not None
+        for fragment in self.sync.items:
+            fragment.gradient = fragment.settings = fragment.own_pseudo_gradient = None
+        self._executed_now = False
+        self.sync.rows.pending = []
 
     @property
     def synced(self) -> bool:

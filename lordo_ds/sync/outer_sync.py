@@ -28,6 +28,7 @@ from lordo_ds.sync.faults import Condition, Faults
 from lordo_ds.sync.first_basis import first_bases_
 from lordo_ds.sync.group_values import GroupValues
 from lordo_ds.sync.header import Header, Trailer
+from lordo_ds.sync.members import Members
 from lordo_ds.sync.report import RowAverager, SyncReport
 
 logger = logging.getLogger("lordo_ds")
@@ -52,8 +53,8 @@ class OuterSync:
         bucket_numel: int = DEFAULT_BUCKET_NUMEL,
     ) -> None:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
-        each_replica_its_own = wire.replicas == 1 or config.projection == "local"
-        self.bases = Bases(config, items, inside, each_replica_its_own)
+        self.members = Members()
+        self.bases = Bases(config, items, inside, self._each_replica_its_own())
         self.faults = Faults(config, items, wire, inside)
         self.outside = OutsideChanges(items, wire, inside)
         self.group_values = GroupValues(items, inside)
@@ -72,6 +73,28 @@ class OuterSync:
         self.last_synced_step = 0
         self.last_report: SyncReport | None = None
         self.rows = RowAverager()
+
+    # -- the replicas --------------------------------------------------------------------------------
+
+    def use_wire(self, wire: ReplicaWire, members: Members) -> None:
+        """From now on, before the first step, the replicas meet on this wire, and these members say who is there.
+
+        Anchors are made that one replica of its own does without.
+        """
+        self.wire, self.members = wire, members
+        self.bases.each_replica_its_own = self._each_replica_its_own()
+        self.faults.use_wire(wire, members)
+        for item in self.items:
+            if "anchor" not in item.state and self.needs_anchor(item.plan):
+                item.state["anchor"] = self._place(item.weight)
+
+    @property
+    def _alone(self) -> bool:
+        """This is the only replica, for good."""
+        return self.wire.replicas == 1 and not self.members.changing
+
+    def _each_replica_its_own(self) -> bool:
+        return self._alone or self.config.projection == "local"
 
     # -- start ---------------------------------------------------------------------------------------
 
@@ -106,7 +129,7 @@ class OuterSync:
     def needs_anchor(self, plan: ParameterPlan) -> bool:
         """One replica with plain averaging needs the anchor only where the basis comes from D."""
         from_weights = plan.low_rank and self.config.basis_source != "gradient"
-        return self.wire.replicas > 1 or not self.config.outer.is_plain_average or from_weights
+        return not self._alone or not self.config.outer.is_plain_average or from_weights
 
     def _place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy of the tensor where `anchor` says; by default pinned host memory for CUDA tensors."""
