@@ -12,6 +12,7 @@ from lordo_ds.errors import CheckpointError, ConfigError, SyncError
 from lordo_ds.handle import data_sampler, hook
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.status import status
+from lordo_ds.version import __version__ as __version__
 
 if find_spec("deepspeed") is not None:
     from lordo_ds.adapters.deepspeed.api import load_checkpoint, save_checkpoint
@@ -20,7 +21,6 @@ if find_spec("deepspeed") is not None:
 
     register()
 
-__version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigError",

@@ -209,7 +209,7 @@ class LoRDO(torch.optim.Optimizer):
         self.attempted_steps += 1
         self.executed_steps += self._executed_now
         with self.watchdog.at_the_end_of(self.attempted_steps):
-            changed = self._cross_replicas()
+            changed = self.sync.members.around(self.cross_replicas)
         if self.synced:
             self.watchdog.synced(self.attempted_steps)
         self.last_attempt_executed, self._executed_now = self._executed_now, False
@@ -219,7 +219,8 @@ class LoRDO(torch.optim.Optimizer):
             self.sync.outside.record()
         return changed
 
-    def _cross_replicas(self) -> bool:
+    def cross_replicas(self) -> bool:
+        """What `Members.around` runs at the end of an attempted step; whether weights changed. Collective."""
         assert self.sync is not None and self._steps is not None
         plan = self._steps.schedule.plan(self.attempted_steps)
         changed = plan.due
@@ -227,7 +228,7 @@ class LoRDO(torch.optim.Optimizer):
             self.sync.check_copies(self.attempted_steps)
         if self.sync.bases.wait_for_all_replicas(self.attempted_steps):
             before = self.executed_steps - self._executed_now
-            self.sync.bases.first(self.attempted_steps, before, self._executed_now)
+            self.sync.first_bases(self.attempted_steps, before, self._executed_now)
             changed |= self._steps.take_deferred(self.attempted_steps)
         if plan.due:
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
@@ -242,6 +243,10 @@ class LoRDO(torch.optim.Optimizer):
         """
         if self.sync is None:
             raise ValueError("LoRDO: final_sync() comes after the first step: this optimizer has made none")
+        return self.sync.members.around(self._final_sync, final=True)
+
+    def _final_sync(self) -> bool:
+        assert self.sync is not None
         self.begin_attempt()
         with self.watchdog.at_the_end_of(self.attempted_steps):
             if self.synced:
@@ -253,6 +258,14 @@ class LoRDO(torch.optim.Optimizer):
         self.watchdog.synced(self.attempted_steps)
         self.sync.outside.record()
         return True
+
+    def forget_attempt(self) -> None:
+        """What was made since the last sync counts no more: the state of another replica is in its place."""
+        assert self.sync is not None
+        for fragment in self.sync.items:
+            fragment.waiting.forget_gradients()
+        self._executed_now = False
+        self.sync.rows.pending = []
 
     @property
     def synced(self) -> bool:

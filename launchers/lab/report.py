@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from lab.plots import draw_claim
+from lab.questions import TASKS
 from lab.results import Row
 from lab.summary import Line, difference, lines_of, pooled_noise
-from lab.tasks import TASKS
 
 MARK = "<!-- report: what stands below is written by experiment.py -->"
 _HEAD = ["method", "lr", "seeds", "validation loss", "perplexity", "MB sent", "of DDP's", "state, KB (+ host)"]
@@ -138,7 +138,7 @@ def _tasks(lines: list[Line], answered: list[dict[str, Any]]) -> str:
     error = 0.5 / first["items"] ** 0.5
     return (
         f"Held-out tasks, {first['items']:.0f} items each, accuracy (standard error of one run at most {error:.3f}); "
-        "what they ask: `launchers/lab/tasks.py`.\n\n" + markdown(["method", "seeds", *TASKS], body)
+        "what they ask: `launchers/lab/questions.py`.\n\n" + markdown(["method", "seeds", *TASKS], body)
     )
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from lab.data import Text, context_free_losses, open_text
 from lab.measures import spectra
 from lab.model import SIZES, ReplicatedGpt, shapes
+from lab.questions import evaluate_tasks
 from lab.replicas import Replicas
 from lab.spec import RunSpec
-from lab.tasks import evaluate_tasks
 from lordo_ds.comm.ledger import reduction_bytes
 from lordo_ds.config import OuterOptimizer
 from lordo_ds.core.grouping import ParameterFacts, plan_parameters
@@ -168,7 +168,7 @@ class Run:
         return sync.items
 
     def tasks(self, items: int) -> dict[str, float]:
-        """Accuracies in held-out tasks; see `lab.tasks`."""
+        """Accuracies in held-out tasks; see `lab.questions`."""
 
         def logits(tokens: Tensor) -> Tensor:
             return self.model.logits(0, tokens.to(self.device)).cpu()

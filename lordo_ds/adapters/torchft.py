@@ -27,13 +27,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
 from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.config import LordoConfig
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.errors import SyncError
 from lordo_ds.handle import hook
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.saved_state import SYNC_COUNTERS
 from lordo_ds.sync.alike import Start, require_like, start_of_replica
-from lordo_ds.sync.faults import Faults
+from lordo_ds.sync.members import Members
 from lordo_ds.sync.outer_sync import OuterSync
 
 logger = logging.getLogger("lordo_ds")
@@ -91,8 +92,11 @@ class QuorumWire(ReplicaWire):
         return torch.stack(rows)
 
 
-class Membership:
+class Membership(Members):
     """Puts whatever crosses replicas under a quorum: formed before, committed or undone after."""
+
+    changing = True
+    why_left_out = "not finite, or had just joined,"
 
     def __init__(self, optimizer: LoRDO, manager: Manager, wire: QuorumWire, start: Start) -> None:
         self.optimizer, self.manager, self.wire, self._start = optimizer, manager, wire, start
@@ -115,23 +119,24 @@ class Membership:
     def _catch_up(self) -> bool:
         """The rest of the step that the others are ending."""
         if self.optimizer.attempted_steps:
-            self._cross()
+            self.optimizer.cross_replicas()
         return self._healed
 
-    def cross_replicas(self) -> bool:
-        """Instead of the optimizer's own `_cross_replicas`."""
+    # -- what LoRDO asks -----------------------------------------------------------------------------
+
+    def around(self, cross: Callable[[], bool], final: bool = False) -> bool:
+        """A quorum around whatever crosses replicas; none where nothing does."""
         optimizer = self.optimizer
         plan = sync_plan(optimizer.config, optimizer.attempted_steps)
-        if not plan.due and not self._sync.bases.wait_for_all_replicas(optimizer.attempted_steps):
-            return self._cross()
-        return self._in_quorum(self._cross)
+        if not (final or plan.due or self._sync.bases.wait_for_all_replicas(optimizer.attempted_steps)):
+            return cross()
+        return self._in_quorum(cross)
 
-    def final_sync(self) -> bool:
-        """Instead of the optimizer's own."""
-        return self._in_quorum(lambda: LoRDO.final_sync(self.optimizer))
+    def least(self, config: LordoConfig, replicas: int) -> int:
+        """How many replicas a sync needs is the manager's to say: those that join contribute nothing."""
+        return 1
 
-    def _cross(self) -> bool:
-        return LoRDO._cross_replicas(self.optimizer)
+    # -- the quorum ----------------------------------------------------------------------------------
 
     def _in_quorum(self, run: Callable[[], bool]) -> bool:
         """Form a quorum and run; whatever breaks because a replica went away is undone and run by the rest."""
@@ -143,7 +148,7 @@ class Membership:
             healed |= self._healed
             if healed and self.optimizer.attempted_steps:  # also where a failure undid the sync that it joined in
                 self._sync.faults.doubtful = True
-            before, undo = self.state(), _Undo(self.optimizer)
+            before, undo = self.state(), _Undo(self._sync)
             try:
                 if self.manager.errored() is None:
                     changed = run() or changed
@@ -163,9 +168,7 @@ class Membership:
         if not self.wire.take_quorum():
             return False
         logger.warning("LoRDO: %d replicas from step %d on", self.wire.replicas, self.optimizer.attempted_steps)
-        faults = _faults(self.optimizer, self.wire)  # replicas are numbered anew, and counted anew
-        faults.doubtful = self._sync.faults.doubtful
-        self._sync.faults = faults
+        self._sync.faults.count_anew()  # replicas are numbered anew
         return True
 
     @property
@@ -189,10 +192,7 @@ class Membership:
         require_like(state.get("start"), self._start)
         self._load(state)
         self._healed = True
-        for item in self._sync.items:  # gradients of weights that are no more
-            item.waiting.forget_gradients()
-        self.optimizer._executed_now = False
-        self._sync.rows.pending = []  # of steps that this replica has not made
+        self.optimizer.forget_attempt()  # gradients of weights that are no more, rows of steps that it has not made
         logger.warning("LoRDO: took over the state of a live replica at step %d", self.optimizer.attempted_steps)
 
     @torch.no_grad()
@@ -215,32 +215,16 @@ class Membership:
 class _Undo:
     """What else a sync uses up, of this replica alone: it has to be there again when the sync is done again."""
 
-    def __init__(self, optimizer: LoRDO) -> None:
-        assert optimizer.sync is not None
-        self.optimizer, self.sync, self.executed_now = optimizer, optimizer.sync, optimizer._executed_now
-        self.waiting = [item.waiting.copy() for item in self.sync.items]
-        self.rows = self.sync.rows.mark()
-        self.faults = self.sync.faults
-        self.doubtful = self.faults.doubtful
-        faults = self.faults
-        self.left_out = list(faults.left_out), list(faults.left_out_in_a_row), list(faults.as_outlier)
+    def __init__(self, sync: OuterSync) -> None:
+        self.sync = sync
+        self.waiting = [item.waiting.copy() for item in sync.items]
+        self.rows, self.faults = sync.rows.mark(), sync.faults.mark()
 
     def restore(self) -> None:
         for item, waiting in zip(self.sync.items, self.waiting, strict=True):
             item.waiting = waiting
-        self.optimizer._executed_now = self.executed_now
         self.sync.rows.return_to(self.rows)
-        self.faults.doubtful = self.doubtful
-        self.faults.left_out, self.faults.left_out_in_a_row, self.faults.as_outlier = self.left_out
-
-
-def _faults(optimizer: LoRDO, wire: QuorumWire) -> Faults:
-    """How many replicas a sync needs is the manager's to say: those that join contribute nothing."""
-    assert optimizer.sync is not None
-    config = optimizer.config.model_copy(update={"min_participants": 1})
-    faults = Faults(config, optimizer.sync.items, wire, optimizer.sync.inside)
-    faults.why = "not finite, or had just joined,"
-    return faults
+        self.sync.faults.return_to(self.faults)
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
@@ -274,15 +258,9 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
             "replica with one process, or leave torchft off"
         )
     wire = QuorumWire(group)
-    sync.wire = sync.bases.wire = sync.outside.wire = wire
-    sync.bases.each_replica_its_own = optimizer.config.projection == "local"
-    sync.faults = _faults(optimizer, wire)
-    for item in sync.items:  # one replica alone keeps none where it can do without
-        item.state.setdefault("anchor", sync._place(item.weight))
     more = {} if engine is None else engine.setting_texts()
     membership = Membership(optimizer, manager, wire, start_of_replica(optimizer.config, sync.items, more))
-    optimizer._cross_replicas = membership.cross_replicas  # type: ignore[method-assign]
-    optimizer.final_sync = membership.final_sync  # type: ignore[method-assign]
+    sync.use_wire(wire, membership)
     executed = optimizer.executed_steps
     joined = membership.join()
     sync.outside.record()

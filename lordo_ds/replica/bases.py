@@ -1,46 +1,44 @@
-"""Every matrix's basis: where it comes from, when, and that it ends equal on all ranks that hold the matrix."""
+"""Every matrix's basis: where it comes from, when, and that it ends equal on all ranks of a replica that hold it."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.ledger import gather_bytes
-from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import WholeMatrix, overlap, refresh_basis, sketch_seed
 from lordo_ds.core.inner import rotate_moments_
 from lordo_ds.core.schedule import FIRST_STEPS, first_basis_due
 from lordo_ds.replica.fragment import Fragment
+from lordo_ds.replica.republish import republish_
 from lordo_ds.replica.sharded_matrix import ShardedMatrix
-from lordo_ds.sync.moments import republish_
 
 logger = logging.getLogger("lordo_ds")
 
 _NAMED = 4  # parameters that one message names
-_FLAGS = 4  # step, gives a gradient, steps executed before, executed now
 
 
 class Bases:
     """The bases of one rank's matrices, refreshed together with the ranks that hold their other parts.
 
     Every rank of a replica follows the same control flow, also one without a matrix of its own (a pipeline stage of
-    embeddings only).
+    embeddings only). Nothing here crosses replicas.
+
+    `each_replica_its_own`: replicas do not share their bases. `some_replica_has_stepped`: as far as this rank knows.
     """
 
     def __init__(
-        self, config: LordoConfig, items: Sequence[Fragment], wire: ReplicaWire, inside: InsideReplica
+        self, config: LordoConfig, items: Sequence[Fragment], inside: InsideReplica, each_replica_its_own: bool
     ) -> None:
-        self.config, self.wire, self.inside = config, wire, inside
+        self.config, self.inside = config, inside
         self.items = [item for item in items if item.plan.low_rank]
-        self.each_replica_its_own = wire.replicas == 1 or config.projection == "local"
+        self.each_replica_its_own = each_replica_its_own
+        self.some_replica_has_stepped = False
         self._complete = False
-        self._some_replica_has_stepped = False  # as far as this rank knows
         self._notes: dict[str, str] = {}
         self._told: set[tuple[str, str]] = set()
         self._news: dict[tuple[str, str], list[str]] = {}
@@ -54,7 +52,7 @@ class Bases:
         Args:
             executed_before: steps that this replica has executed before this one.
         """
-        stepped = executed_before > 0 if self.each_replica_its_own else self._some_replica_has_stepped
+        stepped = executed_before > 0 if self.each_replica_its_own else self.some_replica_has_stepped
         return not stepped or first_basis_due(self.config, step)
 
     def wait_for_all_replicas(self, step: int) -> bool:
@@ -70,46 +68,7 @@ class Bases:
 
     def look_again(self) -> None:
         """States were loaded: whether bases are missing, and replicas have stepped, must be asked anew."""
-        self._complete = self._some_replica_has_stepped = False
-
-    def first(self, step: int, executed_before: int, executed_now: bool) -> None:
-        """Bases from the gradients averaged over the replicas that executed the step and are finite. Collective.
-
-        A matrix whose average is zero still has none then. Of those that are zero on this rank in every replica no
-        element travels.
-
-        Args:
-            executed_before: steps that this replica has executed before this one.
-            executed_now: whether it executed this one.
-        """
-        waiting = [item for item in self.items if not item.has_basis]
-        peaks = _peaks(waiting)
-        gives = not self.inside.any_rank(not executed_now or not all(map(math.isfinite, peaks)))
-        fields = [step, int(gives), executed_before, int(executed_now)]
-        assert len(fields) == _FLAGS
-        mine = fields + [int(peak > 0) for peak in peaks]
-        flags = self.wire.gather(self.inside.vector(mine), "first_basis").cpu()
-        self.wire.assert_same("step", flags[:, 0])
-        stepped_before = bool(flags[:, 2].any())
-        self._some_replica_has_stepped = stepped_before or bool(flags[:, 3].any())
-        givers = flags[:, 1].nonzero().flatten()
-        if not len(givers) or (stepped_before and not first_basis_due(self.config, step)):
-            return
-        for column, item in enumerate(waiting, start=_FLAGS):
-            mean = torch.zeros_like(item.weight)
-            if bool(flags[givers, column].any()):
-                if gives and item.waiting.gradient is not None:
-                    mean.copy_(item.waiting.gradient)
-                self.wire.sum_(mean, "first_basis").div_(len(givers))
-            self.refresh(item, mean, step)
-        self._say(step)
-
-    def predicted_bytes(self) -> int:
-        """Bytes that this rank sends across replicas in a step that gives all matrices their first bases."""
-        if self.each_replica_its_own or self.wire.replicas == 1:
-            return 0
-        flags = gather_bytes(8 * (_FLAGS + len(self.items)), self.wire.replicas)
-        return flags + sum(self.wire.sum_bytes(item.numel, item.weight.element_size()) for item in self.items)
+        self._complete = self.some_replica_has_stepped = False
 
     # -- refreshes -----------------------------------------------------------------------------------
 
@@ -164,7 +123,7 @@ class Bases:
             self._news.setdefault((what, note), []).append(name)
         self._notes[name] = note
 
-    def _say(self, step: int) -> None:
+    def say(self, step: int) -> None:
         """One line for all the matrices that something new holds for."""
         for (what, note), names in self._news.items():
             named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} others" if len(names) > _NAMED else "")
@@ -172,7 +131,7 @@ class Bases:
         self._news.clear()
         waiting = [item.plan.name for item in self.items if not item.has_basis]
         level = logging.INFO if step < FIRST_STEPS else logging.WARNING
-        some_replica_has_stepped = self.each_replica_its_own or self._some_replica_has_stepped
+        some_replica_has_stepped = self.each_replica_its_own or self.some_replica_has_stepped
         if waiting and some_replica_has_stepped and level not in self._told_of_waiting:
             self._told_of_waiting.add(level)
             logger.log(
@@ -184,18 +143,6 @@ class Bases:
 
     def take_notes(self, step: int) -> dict[str, str]:
         """What was unusual, by parameter, since the last call; what is new is said."""
-        self._say(step)
+        self.say(step)
         notes, self._notes = self._notes, {}
         return notes | {item.plan.name: "no gradient yet, and no basis" for item in self.items if not item.has_basis}
-
-
-def _peaks(items: Sequence[Fragment]) -> list[float]:
-    """Largest absolute value of each item's gradient on this rank; nan or inf where it is not finite."""
-    peaks = [0.0] * len(items)
-    gradients = [item.waiting.gradient for item in items]
-    given = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None and items[i].numel]
-    if given:
-        norms = torch._foreach_norm([gradient for _, gradient in given], float("inf"))
-        for (i, _), peak in zip(given, torch.stack(list(norms)).tolist(), strict=True):
-            peaks[i] = peak
-    return peaks

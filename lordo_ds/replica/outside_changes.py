@@ -37,7 +37,7 @@ class OutsideChanges:
     """
 
     def __init__(self, items: Sequence[Fragment], wire: ReplicaWire, inside: InsideReplica) -> None:
-        self.items, self.wire, self.inside = list(items), wire, inside
+        self.items, self.inside = list(items), inside
         self._shapes = [item.tensor_shape for item in self.items]
         self._copies: dict[int, ModelCopy] = {}
         self._check_model: Callable[[bool], None] = lambda all_of_it: None

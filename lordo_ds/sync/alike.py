@@ -25,6 +25,7 @@ from lordo_ds.comm.groups import of_all_ranks
 from lordo_ds.config import LordoConfig
 from lordo_ds.errors import ConfigError
 from lordo_ds.replica.fragment import Fragment
+from lordo_ds.version import __version__
 
 logger = logging.getLogger("lordo_ds")
 
@@ -158,9 +159,7 @@ def version_texts(*more_packages: str) -> Texts:
     Other kernels round differently, which the checksum of the first sync would refuse in vaguer words; other versions
     of DeepSpeed scale and clip gradients differently.
     """
-    import lordo_ds
-
-    versions = {"lordo_ds": lordo_ds.__version__, "torch": torch.__version__}
+    versions = {"lordo_ds": __version__, "torch": torch.__version__}
     versions |= {package: importlib.metadata.version(package) for package in more_packages}
     found = {f"the version of {package}": str(version) for package, version in versions.items()}
     return found | {"torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision()}

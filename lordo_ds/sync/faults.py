@@ -12,10 +12,13 @@ import torch
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
+from lordo_ds.core.finite import all_finite
 from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
+from lordo_ds.sync.header import RankCondition
+from lordo_ds.sync.members import Members
 from lordo_ds.sync.outliers import SIZES, far_from_others, kept_tensors, of_whole_replica, sizes_of
-from lordo_ds.sync.report import SyncReport, all_finite
+from lordo_ds.sync.report import SyncReport
 
 logger = logging.getLogger("lordo_ds")
 
@@ -38,23 +41,38 @@ class Faults:
     """Keeps replicas whose state or loss is not finite, or far from the others', out of the averages, and counts them.
 
     `left_out_in_a_row`, `left_out` and `as_outlier` count, per replica and since the start of the process, the syncs
-    that it could not take part in, the last one those where it was finite; they are equal on all ranks. `why` is what
-    it may have been. `doubtful`: this replica is left out of the next sync, whatever its state.
+    that it could not take part in, the last one those where it was finite; they are equal on all ranks. `doubtful`:
+    this replica is left out of the next sync, whatever its state.
     """
-
-    why = "not finite"
 
     def __init__(
         self, config: LordoConfig, items: Sequence[Fragment], wire: ReplicaWire, inside: InsideReplica
     ) -> None:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
-        self.left_out_in_a_row = [0] * wire.replicas
-        self.left_out = [0] * wire.replicas
-        self.as_outlier = [0] * wire.replicas
+        self.members = Members()
         self.doubtful = False
+        self.count_anew()
+
+    def use_wire(self, wire: ReplicaWire, members: Members) -> None:
+        self.wire, self.members = wire, members
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """The replicas are others than before, or numbered otherwise."""
+        replicas = self.wire.replicas
+        self.left_out_in_a_row = [0] * replicas
+        self.left_out = [0] * replicas
+        self.as_outlier = [0] * replicas
         # The sizes that each replica had at the last sync that it took part in.
-        self._sizes_before = [[0.0] * len(SIZES) for _ in range(wire.replicas)]
+        self._sizes_before = [[0.0] * len(SIZES) for _ in range(replicas)]
         self._rebuilt = False
+
+    def mark(self) -> tuple[bool, list[int], list[int], list[int]]:
+        """What `return_to` needs to undo the counts of a sync."""
+        return self.doubtful, list(self.left_out), list(self.left_out_in_a_row), list(self.as_outlier)
+
+    def return_to(self, mark: tuple[bool, list[int], list[int], list[int]]) -> None:
+        self.doubtful, self.left_out, self.left_out_in_a_row, self.as_outlier = mark
 
     # -- which replicas take part --------------------------------------------------------------------
 
@@ -80,12 +98,12 @@ class Faults:
         """
         own = sizes_of(self.items, self.judges)
         bad, self.doubtful = self.doubtful or not all(map(math.isfinite, own)), False
-        bits = torch.tensor(own, dtype=torch.float64).view(torch.int64).tolist()
-        rows = self.inside.everyone.gather(self.inside.vector([int(bad), groups, *bits]), "flags").cpu()
-        sizes = of_whole_replica(rows[:, 2:].contiguous().view(torch.float64))
+        mine = RankCondition(bad, groups, tuple(own))
+        ranks, _ = mine.exchange(self.inside.everyone, self.inside, "flags")
+        sizes = of_whole_replica(torch.tensor([rank.sizes for rank in ranks], dtype=torch.float64))
         if not all(map(math.isfinite, own)):
             logger.warning("LoRDO: %s of replica %d is not finite", self._broken(), self.wire.index)
-        return Condition(not bool(rows[:, 0].any()), tuple(sizes), int(rows[:, 1].sum()))
+        return Condition(not any(rank.bad for rank in ranks), tuple(sizes), sum(rank.groups for rank in ranks))
 
     def _broken(self) -> str:
         for item in self.items:
@@ -142,7 +160,7 @@ class Faults:
                 f"step {report.step}, although the others were {others}: look at its machine and its data, and resume "
                 f"from a checkpoint; {self.config.key('max_left_out_syncs')} sets how often"
             )
-        return found if len(found) >= self.config.least_participants(self.wire.replicas) else []
+        return found if len(found) >= self.members.least(self.config, self.wire.replicas) else []
 
     # -- what becomes of them ------------------------------------------------------------------------
 
@@ -155,10 +173,10 @@ class Faults:
         left_out = [m for m in range(self.wire.replicas) if m not in participants]
         if not left_out:
             return
+        why = "far from the others" if set(left_out) <= set(report.outliers) else self.members.why_left_out
         logger.warning(
-            "LoRDO: replicas %s were %s at step %d: left out of this sync and reseeded",
-            left_out, "far from the others" if set(left_out) <= set(report.outliers) else self.why, report.step,
-        )  # fmt: skip
+            "LoRDO: replicas %s were %s at step %d: left out of this sync and reseeded", left_out, why, report.step
+        )
         takes_part = self.wire.index in participants
         for item in self.items:
             tensors = [tensor for _, tensor, _ in item.moments()]
@@ -187,7 +205,7 @@ class Faults:
             SyncError: they are too many. On all ranks at once.
         """
         report.returned_to_anchor = True
-        least = self.config.least_participants(self.wire.replicas)
+        least = self.members.least(self.config, self.wire.replicas)
         who = f"only {finite} of {self.wire.replicas} replicas" if finite else "no replica"
         key, state = self.config.key("min_participants"), "finite and near the others" if report.outliers else "finite"
         rule = f", fewer than {key} = {self.config.min_participants}" if least > 1 else ""

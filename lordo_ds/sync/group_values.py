@@ -13,12 +13,12 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
+from lordo_ds.sync.header import Header, bits_of
 
 logger = logging.getLogger("lordo_ds")
 
@@ -46,24 +46,21 @@ class GroupValues:
         values = self._values()
         return zlib.crc32(struct.pack(f"{len(values)}d", *values))
 
-    def compare(self, wire: ReplicaWire, header: Tensor, finite: Sequence[bool], step: int) -> None:
+    def compare(self, wire: ReplicaWire, headers: Sequence[Header], finite: Sequence[bool], step: int) -> None:
         """Refuse to average replicas with other values at the same executed step. Collective where digests differ.
-
-        Args:
-            header: of every replica: executed steps, whether it executed the last one, its digest.
 
         Raises:
             SyncError: on all ranks at once: the key, the values and the replicas.
         """
-        rows = [tuple(row) for row in header.tolist()]
-        self._skips_seen |= any(executed != step for executed, _, _ in rows)
-        alike: dict[tuple[int, int], set[int]] = {}
-        for (executed, now, digest), ok in zip(rows, finite, strict=True):
+        made = [(header.executed_steps, header.executed_now) for header in headers]
+        self._skips_seen |= any(executed != step for executed, _ in made)
+        alike: dict[tuple[int, bool], set[int]] = {}
+        for header, steps, ok in zip(headers, made, finite, strict=True):
             if ok:
-                alike.setdefault((executed, now), set()).add(digest)
+                alike.setdefault(steps, set()).add(header.groups)
         if all(len(digests) == 1 for digests in alike.values()):
             return
-        compared = [row[:2] if ok else None for row, ok in zip(rows, finite, strict=True)]
+        compared = [steps if ok else None for steps, ok in zip(made, finite, strict=True)]
         words = self._difference(wire, compared)
         # Replicas that skipped steps, or came later, may have a schedule that nobody moved on: no reason to end.
         if self._skips_seen or not wire.steps_alike:
@@ -76,10 +73,11 @@ class GroupValues:
             "alike"
         )
 
-    def _difference(self, wire: ReplicaWire, compared: Sequence[tuple[int, ...] | None]) -> str:
+    def _difference(self, wire: ReplicaWire, compared: Sequence[tuple[int, bool] | None]) -> str:
         """The first difference in words, the same on all ranks of all replicas; this rank may have none."""
-        values = torch.tensor(self._values(), dtype=torch.float64).view(torch.int64)
-        table = wire.gather(self.inside.vector(values.tolist()), "header").cpu().contiguous().view(torch.float64)
+        table = (
+            wire.gather(self.inside.vector(bits_of(self._values())), "header").cpu().contiguous().view(torch.float64)
+        )
         found: list[str] = []
         for column in range(table.shape[1]):
             for made in dict.fromkeys(filter(None, compared)):

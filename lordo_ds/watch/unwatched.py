@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.watch.followed import Followed, FollowedReplica
 from lordo_ds.watch.liveness import LEFT
 
 
@@ -15,7 +14,7 @@ class Unwatched:
 
     stopped = True
 
-    def follow(self, wire: ReplicaWire, inside: InsideReplica) -> None:
+    def follow(self, wire: Followed, inside: FollowedReplica) -> None:
         pass
 
     @contextmanager

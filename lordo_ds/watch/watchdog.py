@@ -19,10 +19,8 @@ from multiprocessing.util import Finalize
 
 import torch.distributed as dist
 
-from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.ledger import ByteLedger
-from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.watch.broken_connections import first_line, gist, lost_connection, timed_out
+from lordo_ds.watch.followed import Followed, FollowedReplica, Ledger
 from lordo_ds.watch.heartbeat import Heartbeat
 from lordo_ds.watch.last_words import flush, say, say_unwatched
 from lordo_ds.watch.liveness import (
@@ -75,7 +73,7 @@ class Watchdog(Unwatched):
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._limits = Limits.of(timeout_s, timeout_of(dist.group.WORLD) or math.inf)
-        self._ledgers: list[ByteLedger] = []
+        self._ledgers: list[Ledger] = []
         self._heartbeat = Heartbeat(self._limits.step_s)
         self._pid = os.getpid()
         self._before_first_step = True
@@ -90,7 +88,7 @@ class Watchdog(Unwatched):
 
     # -- what the main thread says -------------------------------------------------------------------
 
-    def follow(self, wire: ReplicaWire, inside: InsideReplica) -> None:
+    def follow(self, wire: Followed, inside: FollowedReplica) -> None:
         """The groups that the ranks wait for each other in."""
         comms = [wire, inside.shard, inside.tensor, inside.everyone, inside.rows]
         self._limits = limits_of_groups(self._timeout_s, [comm.group for comm in comms])

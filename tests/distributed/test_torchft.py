@@ -247,6 +247,18 @@ def test_under_a_quorum_of_all_the_trajectory_is_the_reference() -> None:
         torch.testing.assert_close(found[0].end[name], weight, rtol=0, atol=1e-6)
 
 
+def test_a_replica_that_joins_replaces_no_method_of_the_optimizer_or_of_its_sync() -> None:
+    replaced: list[str] = []
+
+    def look(optimizer: Any) -> None:
+        for one in (optimizer, optimizer.sync, optimizer.sync.bases, optimizer.sync.faults):
+            replaced.extend(name for name in vars(one) if callable(vars(type(one)).get(name)))
+
+    world = World({0, 1})
+    in_threads(world, {m: start(world, m, steps=3, finished=look) for m in range(2)})
+    assert not replaced
+
+
 def joined_at_6(dies_in_it: bool) -> dict[int, Story]:
     """Replicas 0 and 1; replica 2 joins in the sync at step 6, in which replica 1 may die."""
     world = World({0, 1})

@@ -17,6 +17,7 @@ from lordo_ds import ConfigError, LordoConfig, SyncError
 from lordo_ds.core.grouping import ParameterFacts, plan_parameters
 from lordo_ds.core.reference import Reference
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.sync.first_basis import first_bases_bytes
 from tests import problems
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
@@ -248,7 +249,7 @@ def bytes_between_and_at_syncs(optimizer: dict[str, Any], rows: bool) -> list[tu
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, recorded, 2) if plan.due else 0
             if step == 1:
-                predicted += sync.bases.predicted_bytes()
+                predicted += first_bases_bytes(sync.bases, sync.wire)
             found.append((counted, hook.bytes_sent - before, predicted, len(crossing)))
             if rows:
                 hook.record(loss=float(step), grad_norm=1.0)

@@ -26,6 +26,7 @@ from lordo_ds import ConfigError
 from lordo_ds.adapters.deepspeed import registration
 from lordo_ds.adapters.deepspeed.pipeline import ReplicaGrid, tied_copies
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.sync.first_basis import first_bases_bytes
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import DTYPES, load_in_this_process, make_engine, settings, weights
@@ -190,7 +191,7 @@ def trained(kind: str, stage: int, dtype: str, replica_size: int, stages: int, s
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, rows, 1) if plan.due else 0
             if step == 1:  # the first basis; a stage with nothing to project sends its flags
-                predicted += sync.bases.predicted_bytes()
+                predicted += first_bases_bytes(sync.bases, sync.wire)
             counter.phase("reading")
             found["steps"].append(
                 {

@@ -13,6 +13,7 @@ from torch import nn
 import lordo_ds
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.errors import SyncError
+from lordo_ds.sync.first_basis import first_bases_bytes
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
 from tests.engines import GivenGradients, make_engine, settings, train_step
@@ -150,7 +151,7 @@ def bytes_per_step(stage: int, optimizer: dict[str, Any]) -> list[tuple[int, int
             plan = sync_plan(hook.optimizer.config, step)
             predicted = sync.predicted_bytes(plan, rows, 1) if plan.due else 0
             if step == 1:
-                predicted += sync.bases.predicted_bytes()
+                predicted += first_bases_bytes(sync.bases, sync.wire)
             found.append((counted, hook.bytes_sent - before, predicted))
             hook.record(loss=1.0)
     return found
