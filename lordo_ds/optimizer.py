@@ -209,15 +209,15 @@ class LoRDO(torch.optim.Optimizer):
         self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
         with self.watchdog.starting():
             flats = agreed_tensors(self, self.config, self.param_groups, self._model)
-            wire, twins = replicas_of_torch(self.config.replica_size)
+            device = flats[0].tensor.device if flats else torch.device("cpu")
+            wire, inside = replicas_of_torch(self.config.replica_size, device)
         if wire.replicas > 1:
-            replica = dist.get_process_group_ranks(twins.group)
+            replica = dist.get_process_group_ranks(inside.rows.group)
             refuse_averaging({flat.tensor for flat in flats}, replica)
-        device = flats[0].tensor.device if flats else torch.device("cpu")
         if not resuming:
             equalise_model(self._model, flats, wire, device)
         show_messages(dist_rank())
-        self.attach(flats, wire, InsideReplica(everyone=twins, rows=twins, device=device), resuming=resuming)
+        self.attach(flats, wire, inside, resuming=resuming)
         self._first_attempt = wire.replicas > 1 and not resuming
         if dist_rank() == 0:
             warn_of_missing_names(self.plans, named=all(flat.pieces[0].facts.named for flat in flats))

@@ -21,9 +21,9 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
+from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained
-from lordo_ds.comm.inside import InsideComm, InsideReplica
-from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.comm.inside import InsideComm
 from lordo_ds.core.fragments import FlatTensor, Piece, whole
 from lordo_ds.core.grouping import ParameterFacts, model_facts
 from lordo_ds.errors import ConfigError
@@ -176,13 +176,9 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
         for parameter, fact in facts.items()
         if parameter in tensors
     ]
-    twins = InsideComm(groups.shard)
-    wire = ReplicaWire(groups.replica, twins)
     device = flats[0].tensor.device
+    wire, inside = connect(groups, device, sharded=False)
     equalise_untrained(model, tensors.keys(), wire, device)
-    inside = InsideReplica(
-        tensor=InsideComm(groups.tensor), everyone=InsideComm(groups.inside), rows=twins, device=device
-    )
     lordo.attach(flats, wire, inside, _tied(model, facts))
 
 

@@ -31,11 +31,11 @@ from lordo_ds.adapters.deepspeed.wrappers import (
 )
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.checkpoint.header import RESHAPE_HINT
-from lordo_ds.comm.equalise import equalise_untrained
+from lordo_ds.comm.connect import connect
+from lordo_ds.comm.equalise import equalise_untrained, warn_of_left_out
 from lordo_ds.comm.groups import ReplicaGroups, make_groups
-from lordo_ds.comm.inside import InsideComm, InsideReplica
+from lordo_ds.comm.inside import InsideComm
 from lordo_ds.comm.ledger import data_parallel_bytes
-from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.handle import HANDLE, RunHandle
 from lordo_ds.replica.copies import TiedWeight
@@ -82,29 +82,15 @@ class EngineHook(RunHandle):
 
     def _attach_optimizer(self, engine: Any) -> None:
         groups, facts = self.groups, model_facts(engine.module, self.groups.tensor_size)
-        rows, sharded = InsideComm(groups.shard), bool(shard_groups(engine))
-        wire = ReplicaWire(groups.replica, twins=None if sharded else rows)
+        wire, inside = connect(groups, engine.device, sharded=bool(shard_groups(engine)))
         flats = flat_tensors(engine, facts)
         names = {piece.facts.name for flat in flats for piece in flat.pieces}
         trained = {parameter for parameter, fact in facts.items() if fact.name in names}
         left_out = [
             fact.name for p, fact in facts.items() if p.requires_grad and p not in trained and 0 not in fact.shape
         ]
-        if left_out:
-            logger.warning(
-                "LoRDO: %d parameters were not given to the optimizer and stay as they are: %s",
-                len(left_out),
-                left_out[0],
-            )
+        warn_of_left_out(left_out)
         equalise_untrained(engine.module, trained, wire, engine.device)
-        inside = InsideReplica(
-            # At stage 0 every rank of a replica steps whole parameters; what it records is its own all the same.
-            shard=rows if sharded else InsideComm(),
-            tensor=InsideComm(groups.tensor),
-            everyone=InsideComm(groups.inside),
-            rows=rows,
-            device=engine.device,
-        )
         tied = _tied_weights({facts[p].name: ranks for p, ranks in tied_copies(engine.module)}, inside.shard)
         self.optimizer.resume_hint = RESHAPE_HINT
         with stepped_tensors_in_groups(engine):
