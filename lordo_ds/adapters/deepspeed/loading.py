@@ -32,12 +32,13 @@ from lordo_ds.adapters.deepspeed.saving import RANKS, SAVE_PARAMETERS, place_of,
 from lordo_ds.adapters.deepspeed.weights_of_shards import weights_of_shards
 from lordo_ds.adapters.deepspeed.wrappers import stepped_tensors_in_groups
 from lordo_ds.adapters.patching import replace_method
-from lordo_ds.checkpoint.deepspeed_files import SavedPart, optimizer_files, read_part, replica_numbers
+from lordo_ds.checkpoint.deepspeed_files import SavedPart, optimizer_files, read_part
 from lordo_ds.checkpoint.files import check_sums, find_tag, read_complete, read_saved
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.header import refuse_differences
 from lordo_ds.checkpoint.portable import is_portable
+from lordo_ds.checkpoint.replica_folders import replica_numbers
 from lordo_ds.checkpoint.rng import set_rng_state
 from lordo_ds.comm.agreement import agreed, reseeded_later
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
