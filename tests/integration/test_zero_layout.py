@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lordo_ds.adapters.deepspeed.wrappers import flat_tensors, gradient_bytes, is_offloaded, refresh_low_precision
+from lordo_ds.adapters.deepspeed.masters import refresh_low_precision
+from lordo_ds.adapters.deepspeed.wrappers import flat_tensors, gradient_bytes, is_offloaded
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.optimizer import LoRDO
 from tests.cases import Found, once, run_cases

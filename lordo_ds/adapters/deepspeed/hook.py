@@ -14,6 +14,11 @@ import torch.distributed as dist
 from lordo_ds.adapters.deepspeed import stage0
 from lordo_ds.adapters.deepspeed.global_mpu import lend_to_engine, taken_from, users_mpu
 from lordo_ds.adapters.deepspeed.loading import keep_replicas_apart
+from lordo_ds.adapters.deepspeed.masters import (
+    gather_again_what_was_gathered,
+    refresh_low_precision,
+    take_masters_from_model,
+)
 from lordo_ds.adapters.deepspeed.model_watch import unresized_before, watch_engine
 from lordo_ds.adapters.deepspeed.pipeline import give_grid_back, is_pipeline, scale_last_stage, tied_copies
 from lordo_ds.adapters.deepspeed.saved_files import tell_header
@@ -22,12 +27,9 @@ from lordo_ds.adapters.deepspeed.state_access import refuse_optimizer_states
 from lordo_ds.adapters.deepspeed.support import check_engine
 from lordo_ds.adapters.deepspeed.wrappers import (
     flat_tensors,
-    gather_again_what_was_gathered,
     gradient_bytes,
-    refresh_low_precision,
     shard_groups,
     stepped_tensors_in_groups,
-    take_masters_from_model,
 )
 from lordo_ds.adapters.patching import replace_method
 from lordo_ds.checkpoint.header import RESHAPE_HINT

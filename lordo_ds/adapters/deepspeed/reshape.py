@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from lordo_ds.adapters.deepspeed.loading import common_tag, restore_rank, tell
+from lordo_ds.adapters.deepspeed.masters import refresh_low_precision
 from lordo_ds.adapters.deepspeed.untrained import Untrained, check_untrained, fill_untrained
-from lordo_ds.adapters.deepspeed.wrappers import refresh_low_precision, stepped_tensors_in_groups
+from lordo_ds.adapters.deepspeed.wrappers import stepped_tensors_in_groups
 from lordo_ds.checkpoint.files import verify
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.header import Header
