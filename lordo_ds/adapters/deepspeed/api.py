@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lordo_ds.adapters.deepspeed.reshape import load_reshaped
+from lordo_ds.adapters.deepspeed.loading_reshaped import load_reshaped
 from lordo_ds.handle import require_hook
 from lordo_ds.watch.liveness import LOAD
 
