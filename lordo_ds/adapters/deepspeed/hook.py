@@ -12,8 +12,8 @@ from typing import Any
 import torch.distributed as dist
 
 from lordo_ds.adapters.deepspeed import stage0
+from lordo_ds.adapters.deepspeed.checkpoint_hooks import keep_replicas_apart
 from lordo_ds.adapters.deepspeed.global_mpu import lend_to_engine, taken_from, users_mpu
-from lordo_ds.adapters.deepspeed.loading import keep_replicas_apart
 from lordo_ds.adapters.deepspeed.masters import (
     gather_again_what_was_gathered,
     refresh_low_precision,
