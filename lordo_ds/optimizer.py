@@ -89,7 +89,7 @@ class LoRDO(torch.optim.Optimizer):
 
     def __init__(self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, **settings: Any) -> None:
         self.config = LordoConfig.parse(settings, path="")
-        params, self._model = given_model(params, model)
+        tensors, self._model = given_model(params, model)
         defaults = {key: getattr(self.config, key) for key in _GROUP_KEYS}
         # Set by the engine adapter: step() then does nothing until `attach`, and never syncs by itself.
         self.managed = False
@@ -107,7 +107,7 @@ class LoRDO(torch.optim.Optimizer):
         self._fragments: dict[Tensor, list[Fragment]] = {}
         self._tied: set[str] = set()
         self._executed_now = self.last_attempt_executed = self._first_attempt = False
-        super().__init__(params, defaults)
+        super().__init__(tensors, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, before the first step only: the replicas agree on their parameters once."""
@@ -218,6 +218,7 @@ class LoRDO(torch.optim.Optimizer):
             equalise_model(self._model, flats, wire, device)
         show_messages(dist_rank())
         self.attach(flats, wire, inside, resuming=resuming)
+        assert self.sync is not None
         self._first_attempt = wire.replicas > 1 and not resuming
         if dist_rank() == 0:
             warn_of_missing_names(self.plans, named=all(flat.pieces[0].facts.named for flat in flats))

@@ -96,8 +96,8 @@ def lordo_optimizer(
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
     """The model inside Megatron's wrappers, whose parameters have the names that users know."""
-    while isinstance(getattr(chunk, "module", None), nn.Module):
-        chunk = chunk.module
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
     return chunk
 
 
@@ -214,7 +214,7 @@ def named_facts(model: nn.Module, tensor_size: int) -> dict[nn.Parameter, Parame
     return facts
 
 
-def _tied(model: nn.Module, facts: dict[nn.Parameter, ParameterFacts]) -> list[TiedWeight]:
+def _tied(model: Any, facts: dict[nn.Parameter, ParameterFacts]) -> list[TiedWeight]:
     """The embedding, where the last stage has a copy of it as output weight."""
     group = parallel_state.get_embedding_group(check_initialized=False)
     if not getattr(model, "share_embeddings_and_output_weights", False) or group is None:
@@ -222,7 +222,7 @@ def _tied(model: nn.Module, facts: dict[nn.Parameter, ParameterFacts]) -> list[T
     ranks = dist.get_process_group_ranks(group)
     if len(ranks) == 1 or dist.get_rank() not in ranks:
         return []
-    weight: Any = model.shared_embedding_or_output_weight()
+    weight = model.shared_embedding_or_output_weight()
     if not weight.requires_grad:
         return []
     return [TiedWeight(facts[weight].name, InsideComm(group), ranks.index(dist.get_rank()), len(ranks))]

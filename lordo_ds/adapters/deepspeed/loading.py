@@ -194,8 +194,8 @@ def _not_finite(engine: Any, replica: int, load_dir: Path, tag: str, part: Saved
     model = read_of_engine(engine._get_ckpt_name(str(load_dir), tag)) if part.masters is None else {}
     for layout in part.header.fragments:
         # Without masters, the weight of a tied copy is in the file of another stage, which checks it.
-        weight = None if layout.copied and part.masters is None else part.weight(layout, model)
-        found += not_finite(replica, layout.name, {"weight": weight, **part.state(layout)})
+        own = None if layout.copied and part.masters is None else part.weight(layout, model)
+        found += not_finite(replica, layout.name, {"weight": own, **part.state(layout)})
     return found
 
 

@@ -210,7 +210,8 @@ def _held_elements(parameter: nn.Parameter, interval: Interval) -> Tensor:
     start, stop = interval
     partition = getattr(parameter, "ds_tensor", None)
     if partition is not None:
-        return partition.detach().view(-1)[: stop - start]
+        held: Tensor = partition.detach().view(-1)
+        return held[: stop - start]
     return parameter.detach().reshape(-1)[start:stop]
 
 
