@@ -22,7 +22,7 @@ from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.comm.wrapped import refuse_splitting
 from lordo_ds.config import LordoConfig
-from lordo_ds.core.fragments import FlatTensor, Piece, whole
+from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts
 from lordo_ds.core.names import embedding_in
 from lordo_ds.core.steppable import refuse_shared_memory, refuse_unsteppable
@@ -114,7 +114,7 @@ def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | 
                 fact = ParameterFacts(names[index], shape, embedding_name=embedding_in(names[index]))
             else:
                 fact = ParameterFacts(f"parameter_{len(flats)}", tuple(parameter.shape), named=False)
-            flats.append(FlatTensor(parameter, (Piece(fact, whole(fact.shape)),)))
+            flats.append(FlatTensor.of_one(parameter, fact))
     named = [(flat.pieces[0].facts.name, flat.tensor) for flat in flats]
     refuse_shared_memory(named)
     for name, count in Counter(name for name, _ in named).items():

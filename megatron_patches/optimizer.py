@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained
 from lordo_ds.comm.inside import InsideComm
-from lordo_ds.core.fragments import FlatTensor, Piece, whole
+from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, model_facts
 from lordo_ds.errors import ConfigError
 from lordo_ds.optimizer import LoRDO
@@ -171,11 +171,7 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
     """Give LoRDO the tensors that it steps, in the order of the model's parameters, and its groups."""
     groups = replicas.groups
     facts = named_facts(model, groups.tensor_size)
-    flats = [
-        FlatTensor(tensors[parameter], (Piece(fact, whole(fact.shape)),))
-        for parameter, fact in facts.items()
-        if parameter in tensors
-    ]
+    flats = [FlatTensor.of_one(tensors[parameter], fact) for parameter, fact in facts.items() if parameter in tensors]
     device = flats[0].tensor.device
     wire, inside = connect(groups, device, sharded=False)
     equalise_untrained(model, tensors.keys(), wire, device)
