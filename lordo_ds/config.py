@@ -21,6 +21,7 @@ from pydantic import (
     StrictBool,
     StrictInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -171,18 +172,12 @@ class LordoConfig(_Block):
             return value
         raise ValueError('false, "bf16" or "fp32"')
 
-    @field_validator("rank")
+    @field_validator("rank", "min_participants")
     @classmethod
-    def _rank_or_fraction(cls, value: int | str) -> int | str:
+    def _count_or_fraction(cls, value: int | str, info: ValidationInfo) -> int | str:
         if isinstance(value, str) and not _is_fraction(value):
-            raise ValueError('an int >= 1, or a fraction of the smaller side such as "1/8" (nearest: "1/8")')
-        return value
-
-    @field_validator("min_participants")
-    @classmethod
-    def _replicas_or_fraction(cls, value: int | str) -> int | str:
-        if isinstance(value, str) and not _is_fraction(value):
-            raise ValueError('an int >= 1, or a fraction of the replicas such as "1/2" (nearest: "1/2")')
+            whole, example = ("the smaller side", '"1/8"') if info.field_name == "rank" else ("the replicas", '"1/2"')
+            raise ValueError(f"an int >= 1, or a fraction of {whole} such as {example} (nearest: {example})")
         return value
 
     @model_validator(mode="after")

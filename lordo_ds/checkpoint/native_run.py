@@ -63,6 +63,12 @@ class _Replica:
                 if not layout.copied:
                     self.layouts[layout.name] = stage, layout
 
+    def stage(self, name: str) -> int:
+        """The pipeline stage that holds a parameter."""
+        if name not in self.layouts:
+            raise CheckpointError(f"LoRDO: {self.folder} holds no parameter {name}")
+        return self.layouts[name][0]
+
     def slices(self, name: str) -> list[tuple[list[Place], list[SavedPart]]]:
         """For every tensor slice, its places on the shards and the parts that hold them."""
         stage, layout = self.layouts[name]
@@ -123,9 +129,7 @@ class NativeRun(SavedRun):
 
     def state(self, name: str, replica: int) -> State:
         found = self._replica(replica)
-        if name not in found.layouts:
-            raise CheckpointError(f"LoRDO: {found.folder} holds no parameter {name}")
-        stage, _ = found.layouts[name]
+        stage = found.stage(name)
         slices = found.slices(name)
         state: State = {
             "weight": join(
@@ -157,9 +161,7 @@ class NativeRun(SavedRun):
 
     def check_state(self, name: str, replica: int) -> None:
         found = self._replica(replica)
-        if name not in found.layouts:
-            raise CheckpointError(f"LoRDO: {found.folder} holds no parameter {name}")
-        stage, _ = found.layouts[name]
+        stage = found.stage(name)
         for places, parts in found.slices(name):
             for place, part in zip(places, parts, strict=True):
                 part.weight(place.layout, found.model(stage, place.slice) if part.masters is None else {})
