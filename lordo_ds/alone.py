@@ -14,14 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lordo_ds.comm.checksum import checksum
-from lordo_ds.comm.equalise import equalise_untrained
+from lordo_ds.comm.connect import connect
+from lordo_ds.comm.equalise import equalise_untrained, warn_of_left_out
 from lordo_ds.comm.groups import of_all_ranks, replica_groups
-from lordo_ds.comm.inside import InsideComm, InsideReplica
+from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.comm.wrapped import refuse_averaging, refuse_splitting
 from lordo_ds.config import LordoConfig
-from lordo_ds.core.fragments import FlatTensor, Piece, whole
+from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts
 from lordo_ds.core.names import embedding_in
 from lordo_ds.core.steppable import refuse_shared_memory, refuse_unsteppable
@@ -114,7 +115,7 @@ def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | 
                 fact = ParameterFacts(names[index], shape, embedding_name=embedding_in(names[index]))
             else:
                 fact = ParameterFacts(f"parameter_{len(flats)}", tuple(parameter.shape), named=False)
-            flats.append(FlatTensor(parameter, (Piece(fact, whole(fact.shape)),)))
+            flats.append(FlatTensor.of_one(parameter, fact))
     named = [(flat.pieces[0].facts.name, flat.tensor) for flat in flats]
     refuse_shared_memory(named)
     for name, count in Counter(name for name, _ in named).items():
@@ -148,18 +149,17 @@ def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def replicas_of_torch(replica_size: int | str) -> tuple[ReplicaWire, InsideComm]:
+def replicas_of_torch(replica_size: int | str, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
     """Every `replica_size` ranks of torch.distributed are a replica. Collective over all ranks where there are several.
 
     Returns:
-        Across replicas; and the ranks of this one, which are alike. One replica alone asks nobody.
+        Across replicas; and the groups inside this one, whose ranks are alike. One replica alone asks nobody.
     """
     if _several_ranks():
         groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), replica_size, "replica_size"))
         if groups.layout.replica_count > 1:
-            twins = InsideComm(groups.shard)
-            return ReplicaWire(groups.replica, twins), twins
-    return ReplicaWire(), InsideComm()
+            return connect(groups, device, sharded=False, only_data_parallel=True)
+    return ReplicaWire(), InsideReplica(device=device)
 
 
 def dist_rank() -> int:
@@ -201,10 +201,7 @@ def equalise_model(
         return
     trained = {flat.tensor for flat in flats}
     left_out = [fact.name for p, fact in model.facts.items() if p.requires_grad and p not in trained]
-    if left_out:
-        logger.warning(
-            "LoRDO: %d parameters were not given to the optimizer and stay as they are: %s", len(left_out), left_out[0]
-        )
+    warn_of_left_out(left_out)
     equalise_untrained(model.module, trained, wire, device)
 
 

@@ -7,7 +7,6 @@ legal value.
 from __future__ import annotations
 
 import copy
-import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -22,10 +21,12 @@ from pydantic import (
     StrictBool,
     StrictInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from lordo_ds.config_errors import one_line
 from lordo_ds.errors import ConfigError
 
 JSON_PATH = "optimizer.params."  # of our keys in a DeepSpeed configuration
@@ -156,7 +157,7 @@ class LordoConfig(_Block):
         try:
             config = cls.model_validate(_with_preset(params))
         except ValidationError as error:
-            raise ConfigError(_one_line(error, path)) from None
+            raise ConfigError(one_line(error, cls, path)) from None
         config._path = path
         return config
 
@@ -171,18 +172,12 @@ class LordoConfig(_Block):
             return value
         raise ValueError('false, "bf16" or "fp32"')
 
-    @field_validator("rank")
+    @field_validator("rank", "min_participants")
     @classmethod
-    def _rank_or_fraction(cls, value: int | str) -> int | str:
+    def _count_or_fraction(cls, value: int | str, info: ValidationInfo) -> int | str:
         if isinstance(value, str) and not _is_fraction(value):
-            raise ValueError('an int >= 1, or a fraction of the smaller side such as "1/8" (nearest: "1/8")')
-        return value
-
-    @field_validator("min_participants")
-    @classmethod
-    def _replicas_or_fraction(cls, value: int | str) -> int | str:
-        if isinstance(value, str) and not _is_fraction(value):
-            raise ValueError('an int >= 1, or a fraction of the replicas such as "1/2" (nearest: "1/2")')
+            whole, example = ("the smaller side", '"1/8"') if info.field_name == "rank" else ("the replicas", '"1/2"')
+            raise ValueError(f"an int >= 1, or a fraction of {whole} such as {example} (nearest: {example})")
         return value
 
     @model_validator(mode="after")
@@ -275,101 +270,3 @@ def _is_fraction(text: str) -> bool:
         return "/" in text and 0 < Fraction(text) <= 1
     except (ValueError, ZeroDivisionError):
         return False
-
-
-def nearest_name(name: str, legal: list[str]) -> str:
-    """The legal name most like the given one."""
-    return (difflib.get_close_matches(name, legal, n=1, cutoff=0.0) or legal[:1])[0]
-
-
-# Keys whose values have several legal forms: one rule for all of them, with a legal example.
-_FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "rank": ('must be a whole number >= 1 or a fraction of the smaller side such as "1/8"', ('"1/8"',)),
-    "replica_size": ('must be a whole number >= 1, "node" or "all"', ('"node"', '"all"', "1")),
-    "min_participants": ('must be a whole number >= 1 or a fraction of the replicas such as "1/2"', ('"1/2"',)),
-    "max_left_out_syncs": ('must be a whole number >= 1 or "never"', ('"never"', "10")),
-    "max_outlier": ('must be a number > 1 or "never"', ('"never"', "300.0")),
-    "moment_sync_interval": ('must be a multiple of sync_interval, a pair of them, or "never"', ('"never"',)),
-    "betas": ("must be two numbers, each >= 0 and < 1", ("[0.9, 0.999]",)),
-    "error_feedback": ('must be false, "bf16" or "fp32"', ('"bf16"', '"fp32"', "false")),
-    "low_rank.include": ("must be a list of regular expressions", ('[".*"]',)),
-    "low_rank.exclude": ("must be a list of regular expressions", ('[".*"]',)),
-}
-# Names that other optimizers and papers use for ours.
-_ALIASES = {
-    "learning_rate": "lr",
-    "r": "rank",
-    "k": "sync_interval",
-    "K": "sync_interval",
-    "sync_every": "sync_interval",
-}
-_BRANCHES = {"int", "str", "float", "constrained-int", "constrained-float", "constrained-str", "tuple"}
-
-
-def _one_line(error: ValidationError, prefix: str) -> str:
-    """The first complaint as one line: key, value, rule, nearest legal value."""
-    complaint = error.errors(include_url=False)[0]
-    path = [part for part in complaint["loc"] if not _is_branch(part)]
-    key = ".".join(str(part).encode("unicode_escape").decode() for part in path)
-    kind, context, value = complaint["type"], complaint.get("ctx", {}), complaint["input"]
-    where = f"LoRDO: {prefix}{key}"
-    if kind == "extra_forbidden":
-        block: Any = LordoConfig
-        for part in path[:-1]:
-            block = LordoConfig.model_fields[str(part)].annotation
-        nearest = _ALIASES.get(str(path[-1])) or nearest_name(str(path[-1]), list(block.model_fields))
-        return f'{where} = {value!r} is not a known key: did you mean "{nearest}"?'
-    if kind == "value_error" and key != "error_feedback":
-        message = str(context["error"])
-        if not key:
-            return f"LoRDO: {prefix.removesuffix('.')}: {message}" if prefix else f"LoRDO: {message}"
-        return f"{where} = {value!r} must be {message}"
-    form = _FORMS.get(".".join(str(part) for part in path if isinstance(part, str)))
-    if form and kind not in ("greater_than_equal", "less_than_equal"):
-        rule, legal = form
-        nearest = _alike(value, legal) or ('"fp32"' if value is True and key == "error_feedback" else legal[-1])
-    else:
-        rule, nearest = _rule(kind, context, value, complaint["msg"])
-        nearest = nearest or _default(path)
-    return f"{where} = {value!r} {rule} (nearest: {nearest})"
-
-
-def _alike(value: Any, legal: tuple[str, ...]) -> str:
-    """The legal spelling that a misspelt string was probably meant to be."""
-    names = [choice.strip('"') for choice in legal if choice.startswith('"')]
-    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    return f'"{close[0]}"' if close else ""
-
-
-def _default(path: list[Any]) -> str:
-    """The default of a key, as JSON: the nearest legal value of one that is of another kind altogether."""
-    block: Any = LordoConfig()
-    for part in path:
-        if isinstance(part, str):
-            block = getattr(block, part)
-    return json.dumps(block.model_dump(mode="json") if isinstance(block, BaseModel) else block)
-
-
-def _is_branch(part: Any) -> bool:
-    return isinstance(part, str) and (part in _BRANCHES or "[" in part)
-
-
-def _rule(kind: str, context: dict[str, Any], value: Any, message: str) -> tuple[str, str]:
-    if kind == "greater_than_equal":
-        return f"must be >= {context['ge']}", str(context["ge"])
-    if kind == "less_than_equal":
-        return f"must be <= {context['le']}", str(context["le"])
-    if kind == "greater_than":
-        return f"must be > {context['gt']}", str(context["gt"] + 1e-3)
-    if kind == "less_than":
-        return f"must be < {context['lt']}", str(context["lt"] - 1e-3)
-    if kind == "literal_error":
-        legal = str(context["expected"])
-        choices = [choice.strip("' ") for choice in legal.replace(" or ", ",").split(",")]
-        return f"must be one of {legal}", f'"{nearest_name(str(value), choices)}"'
-    if kind in ("int_type", "int_parsing", "int_from_float"):
-        nearest = str(max(1, round(value))) if isinstance(value, float) and math.isfinite(value) else ""
-        return "must be a whole number", nearest
-    if kind == "finite_number":
-        return "must be a finite number", ""
-    return f"is not legal: {message[0].lower()}{message[1:]}", ""

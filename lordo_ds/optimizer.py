@@ -123,9 +123,8 @@ class LoRDO(torch.optim.Optimizer):
         self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
         with self.watchdog.starting():
             flats = alone.agreed_tensors(self, self.config, self.param_groups, self._model)
-            wire, twins = alone.replicas_of_torch(self.config.replica_size)
-        device = flats[0].tensor.device if flats else torch.device("cpu")
-        inside = InsideReplica(everyone=twins, rows=twins, device=device)
+            device = flats[0].tensor.device if flats else torch.device("cpu")
+            wire, inside = alone.replicas_of_torch(self.config.replica_size, device)
         alone.prepare(self._model, flats, wire, inside, resuming)
         self.attach(flats, wire, inside, resuming=resuming)
         assert self.sync is not None

@@ -36,10 +36,14 @@ class MegatronMPU:
             if size > 1:
                 raise ValueError(f"MegatronMPU: {kind} = {size} is not supported: use 1")
 
+    def _group(self, kind: str) -> dist.ProcessGroup:
+        group: dist.ProcessGroup = getattr(self._state, f"get_{kind}_group")()
+        return group
+
     # -- data parallel -------------------------------------------------------------------------------
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._state.get_data_parallel_group()
+        return self._group("data_parallel")
 
     def get_data_parallel_group_ranks(self) -> list[int]:
         return dist.get_process_group_ranks(self.get_data_parallel_group())
@@ -56,7 +60,7 @@ class MegatronMPU:
     # -- tensor and pipeline parallel together -------------------------------------------------------
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._state.get_model_parallel_group()
+        return self._group("model_parallel")
 
     def get_model_parallel_src_rank(self) -> int:
         return dist.get_process_group_ranks(self.get_model_parallel_group())[0]
@@ -70,7 +74,7 @@ class MegatronMPU:
     # -- tensor parallel -----------------------------------------------------------------------------
 
     def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._state.get_tensor_model_parallel_group()
+        return self._group("tensor_model_parallel")
 
     def get_tensor_model_parallel_src_rank(self) -> int:
         return dist.get_process_group_ranks(self.get_tensor_model_parallel_group())[0]
@@ -84,7 +88,7 @@ class MegatronMPU:
     # -- pipeline parallel ---------------------------------------------------------------------------
 
     def get_pipeline_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._state.get_pipeline_model_parallel_group()
+        return self._group("pipeline_model_parallel")
 
     def get_pipeline_model_parallel_world_size(self) -> int:
         return dist.get_world_size(self.get_pipeline_model_parallel_group())

@@ -21,10 +21,10 @@ from megatron.core.optimizer.optimizer_config import OptimizerConfig
 from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
+from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained
-from lordo_ds.comm.inside import InsideComm, InsideReplica
-from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.core.fragments import FlatTensor, Piece, whole
+from lordo_ds.comm.inside import InsideComm
+from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, model_facts
 from lordo_ds.errors import ConfigError
 from lordo_ds.optimizer import LoRDO
@@ -96,8 +96,8 @@ def lordo_optimizer(
 
 def unwrapped(chunk: nn.Module) -> nn.Module:
     """The model inside Megatron's wrappers, whose parameters have the names that users know."""
-    while isinstance(getattr(chunk, "module", None), nn.Module):
-        chunk = chunk.module
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
     return chunk
 
 
@@ -171,18 +171,10 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
     """Give LoRDO the tensors that it steps, in the order of the model's parameters, and its groups."""
     groups = replicas.groups
     facts = named_facts(model, groups.tensor_size)
-    flats = [
-        FlatTensor(tensors[parameter], (Piece(fact, whole(fact.shape)),))
-        for parameter, fact in facts.items()
-        if parameter in tensors
-    ]
-    twins = InsideComm(groups.shard)
-    wire = ReplicaWire(groups.replica, twins)
+    flats = [FlatTensor.of_one(tensors[parameter], fact) for parameter, fact in facts.items() if parameter in tensors]
     device = flats[0].tensor.device
+    wire, inside = connect(groups, device, sharded=False)
     equalise_untrained(model, tensors.keys(), wire, device)
-    inside = InsideReplica(
-        tensor=InsideComm(groups.tensor), everyone=InsideComm(groups.inside), rows=twins, device=device
-    )
     lordo.attach(flats, wire, inside, _tied(model, facts))
 
 
@@ -218,7 +210,7 @@ def named_facts(model: nn.Module, tensor_size: int) -> dict[nn.Parameter, Parame
     return facts
 
 
-def _tied(model: nn.Module, facts: dict[nn.Parameter, ParameterFacts]) -> list[TiedWeight]:
+def _tied(model: Any, facts: dict[nn.Parameter, ParameterFacts]) -> list[TiedWeight]:
     """The embedding, where the last stage has a copy of it as output weight."""
     group = parallel_state.get_embedding_group(check_initialized=False)
     if not getattr(model, "share_embeddings_and_output_weights", False) or group is None:
@@ -226,7 +218,7 @@ def _tied(model: nn.Module, facts: dict[nn.Parameter, ParameterFacts]) -> list[T
     ranks = dist.get_process_group_ranks(group)
     if len(ranks) == 1 or dist.get_rank() not in ranks:
         return []
-    weight: Any = model.shared_embedding_or_output_weight()
+    weight = model.shared_embedding_or_output_weight()
     if not weight.requires_grad:
         return []
     return [TiedWeight(facts[weight].name, InsideComm(group), ranks.index(dist.get_rank()), len(ranks))]

@@ -126,11 +126,11 @@ class EndsInASync:
         )
 
 
-class LordoFP32Optimizer(EndsInASync, FP32Optimizer):
+class LordoFP32Optimizer(EndsInASync, FP32Optimizer):  # type: ignore[misc]  # Megatron has no types
     """Megatron's wrapper for fp32 parameters, with the sync."""
 
 
-class LordoFloat16Optimizer(EndsInASync, Float16OptimizerWithFloat16Params):
+class LordoFloat16Optimizer(EndsInASync, Float16OptimizerWithFloat16Params):  # type: ignore[misc]  # the same
     """Megatron's wrapper for bf16 and fp16 parameters with fp32 copies, with the sync."""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.core.fragments import FlatTensor, Piece, whole
+from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts
 from lordo_ds.optimizer import LoRDO
 
@@ -100,7 +100,7 @@ class Replicas:
         self._together(lambda m: self._attach(m, named[m], facts))
 
     def _attach(self, m: int, parameters: Sequence[tuple[str, torch.nn.Parameter]], facts: Any) -> None:
-        flats = [FlatTensor(p, (Piece(facts[name], whole(tuple(p.shape))),)) for name, p in parameters]
+        flats = [FlatTensor.of_one(p, facts[name]) for name, p in parameters]
         device = flats[0].tensor.device
         self.optimizers[m].attach(flats, VirtualWire(self._room, m), InsideReplica(device=device))
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
 
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig

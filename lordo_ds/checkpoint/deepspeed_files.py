@@ -9,34 +9,17 @@ The optimizer's state, and the weights that it steps, lie in
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lordo_ds.checkpoint.bounds import check_cover, check_header, is_held
-from lordo_ds.checkpoint.files import find_tag, read_complete, read_saved
-from lordo_ds.checkpoint.folders import recover_folder
-from lordo_ds.checkpoint.header import Counters, FragmentLayout, Header, Untrained
-from lordo_ds.checkpoint.pieces import Place, State, check_part, check_plain, join
-from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun, mean_rows
-from lordo_ds.core.slices import join_slices
-from lordo_ds.core.state import PLAIN_VALUES
+from lordo_ds.checkpoint.bounds import is_held
+from lordo_ds.checkpoint.files import read_saved
+from lordo_ds.checkpoint.header import FragmentLayout, Header
 from lordo_ds.errors import CheckpointError
-
-_FOLDER = re.compile(r"replica_(\d+)")
-# Entries of a model's file that DeepSpeed makes; the others are its user's.
-_ENGINE_KEYS = {
-    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "skipped_steps", "global_steps",
-    "global_samples", "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,240 +69,20 @@ class SavedPart:
     def entry(self, name: str, model: Mapping[str, Any]) -> Tensor | None:
         """A parameter or buffer of the model as DeepSpeed saved it; None where it did not."""
         place = self.header.engine.places.get(name)
-        entries = _mapping(model.get("module"), self.path) if place is None else _layer(self.path.parent, place[0])
+        entries = checked_dict(model.get("module"), self.path) if place is None else _layer(self.path.parent, place[0])
         found = entries.get(name if place is None else place[1])
         return found if isinstance(found, Tensor) else None
 
     def state(self, layout: FragmentLayout) -> dict[str, Any]:
-        found = _mapping(self.base.get("state"), self.path).get(layout.tensor)
-        return _mapping(_mapping(found, self.path).get(layout.name), self.path)
-
-
-class _Replica:
-    """All files of one replica. The model's files are by (stage, slice); at stage 3 those of the first shard."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        parts = [read_part(path) for path in optimizer_files(folder)]
-        if not parts:
-            raise CheckpointError(f"LoRDO: {folder} holds no state of a LoRDO optimizer")
-        self.parts = {part.header.mesh.inside: part for part in parts}
-        mesh = parts[0].header.mesh
-        ranks = mesh.stages * mesh.slices * mesh.shards
-        wanted = (  # one at a time, and no more than there are files: a forger's mesh has millions
-            (stage, index, shard)
-            for stage in range(mesh.stages)
-            for index in range(mesh.slices)
-            for shard in range(mesh.shards)
-        )
-        missing = next((place for place in islice(wanted, len(parts) + 1) if place not in self.parts), None)
-        if missing is not None or len(parts) != ranks:
-            raise CheckpointError(
-                f"LoRDO: {folder} holds the states of {len(parts)} ranks, not of {ranks}"
-                + (f"; (stage, tensor rank, shard) {missing} is missing" if missing else "")
-            )
-        for part in parts:
-            if part.header.mesh.model_copy(update=mesh.place) != mesh:
-                raise CheckpointError(f"LoRDO: {part.path}: another mesh than that of the other ranks: it is damaged")
-            check_header(part.header, str(part.path))
-        self.first = self.parts[0, 0, 0]
-        self.layouts: dict[str, tuple[int, FragmentLayout]] = {}
-        for stage in range(mesh.stages):
-            for layout in self.parts[stage, 0, 0].header.fragments:
-                if not layout.copied:
-                    self.layouts[layout.name] = stage, layout
-
-    def slices(self, name: str) -> list[tuple[list[Place], list[SavedPart]]]:
-        """For every tensor slice, its places on the shards and the parts that hold them."""
-        stage, layout = self.layouts[name]
-        mesh = self.first.header.mesh
-        found = []
-        for index in range(layout.partitions if layout.partition_dim is not None else 1):
-            parts = [self.parts[stage, index, shard] for shard in range(mesh.shards)]
-            layouts = [self._layout(part, name) for part in parts]
-            check_cover(layouts, str(self.folder))
-            intervals = tuple(one.interval for one in layouts)
-            places = [Place(one, intervals, shard, index) for shard, one in enumerate(layouts)]
-            found.append((places, parts))
-        return found
-
-    def _layout(self, part: SavedPart, name: str) -> FragmentLayout:
-        cache: dict[Path, dict[str, FragmentLayout]] = self.__dict__.setdefault("_by_path", {})
-        if part.path not in cache:
-            cache[part.path] = {layout.name: layout for layout in part.header.fragments}
-        if name not in cache[part.path]:
-            raise CheckpointError(f"LoRDO: {part.path} knows no {name}, other ranks of the replica do")
-        return cache[part.path][name]
-
-    def model(self, stage: int, index: int) -> dict[str, Any]:
-        """The model's file of one stage and tensor slice."""
-        cache: dict[tuple[int, int], dict[str, Any]] = self.__dict__.setdefault("_models", {})
-        if (stage, index) not in cache:
-            part = self.parts[stage, index, 0]
-            cache[stage, index] = _mapping(read_saved(_model_file(part.path)), part.path)
-        return cache[stage, index]
-
-
-class NativeRun(SavedRun):
-    """A tag that a LoRDO engine saved."""
-
-    def __init__(self, path: str | Path, tag: str | None = None) -> None:
-        self.path = tag_folder(path, tag)
-        read_complete(self.path)
-        folders = replica_folders(self.path)
-        self.replicas = len(folders)
-        self._opened: dict[int, _Replica] = {}
-        first = self._replica(0)
-        self.settings = first.first.header.settings
-        mesh, engine = first.first.header.mesh, first.first.header.engine
-        self.mesh = f"{mesh}, ZeRO stage {engine.zero_stage}, {engine.precision}"
-        if mesh.replicas != self.replicas:
-            raise CheckpointError(
-                f"LoRDO: {self.path} holds {self.replicas} replicas, and was saved by {mesh.replicas}"
-            )
-        self.parameters = {
-            name: SavedParameter(name, layout.whole_shape, layout.low_rank, layout.side, layout.rank)
-            for name, (_, layout) in first.layouts.items()
-        }
-
-    def _replica(self, replica: int) -> _Replica:
-        if replica not in self._opened:
-            self._opened[replica] = _Replica(self.path / f"replica_{replica}")
-        return self._opened[replica]
-
-    def state(self, name: str, replica: int) -> State:
-        found = self._replica(replica)
-        if name not in found.layouts:
-            raise CheckpointError(f"LoRDO: {found.folder} holds no parameter {name}")
-        stage, _ = found.layouts[name]
-        slices = found.slices(name)
-        state: State = {
-            "weight": join(
-                "weight",
-                [
-                    (places, [
-                        part.weight(place.layout, found.model(stage, place.slice) if part.masters is None else {})
-                        for place, part in zip(places, parts, strict=True)
-                    ])
-                    for places, parts in slices
-                ],
-            )
-        }  # fmt: skip
-        saved = [[part.state(place.layout) for place, part in zip(*one, strict=True)] for one in slices]
-        for key, value in saved[0][0].items():
-            if key in PLAIN_VALUES:
-                check_plain(key, value, name, str(found.folder))
-                state[key] = value
-                continue
-            if not all(isinstance(one.get(key), Tensor) for of_slice in saved for one in of_slice):
-                raise CheckpointError(
-                    f"LoRDO: {found.folder}: {key!r} of {name} is missing or no tensor: it is damaged"
-                )
-            state[key] = join(
-                key,
-                [(places, [one[key] for one in of_slice]) for (places, _), of_slice in zip(slices, saved, strict=True)],
-            )
-        return state
-
-    def check_state(self, name: str, replica: int) -> None:
-        found = self._replica(replica)
-        if name not in found.layouts:
-            raise CheckpointError(f"LoRDO: {found.folder} holds no parameter {name}")
-        stage, _ = found.layouts[name]
-        for places, parts in found.slices(name):
-            for place, part in zip(places, parts, strict=True):
-                part.weight(place.layout, found.model(stage, place.slice) if part.masters is None else {})
-                check_part(part.state(place.layout), place, str(part.path))
-
-    def counters(self, replica: int) -> Counters:
-        return self._replica(replica).first.header.counters
-
-    def bytes_sent(self, replica: int) -> dict[str, int]:
-        return self._replica(replica).first.header.bytes_sent
-
-    def rows(self) -> list[list[float]]:
-        tables = []
-        for replica in range(self.replicas):
-            parts = self._replica(replica).parts
-            tables += [
-                [list(row) for row in p.header.rows] for (stage, cut, _), p in parts.items() if stage == cut == 0
-            ]
-        return mean_rows(tables)
-
-    def untrained(self, replica: int) -> dict[str, Tensor]:
-        found = self._replica(replica)
-        mesh = found.first.header.mesh
-        tensors: dict[str, Tensor] = {}
-        for stage in range(mesh.stages):
-            header = found.parts[stage, 0, 0].header
-            for one in header.engine.untrained:
-                slices = range(one.partitions if mesh.slices > 1 else 1)
-                parts = [part for index in slices if (part := _untrained(found, stage, index, one)) is not None]
-                if len(parts) < len(slices):
-                    continue  # saved with exclude_frozen_parameters
-                dim = one.partition_dim if one.partitions > 1 else None
-                tensors[one.name] = join_slices(parts, dim, one.partition_stride)
-        return tensors
-
-    def engine_state(self, replica: int) -> EngineState:
-        found = self._replica(replica)
-        model, first = found.model(0, 0), found.first
-        return EngineState(
-            global_steps=int(model.get("global_steps", 0)),
-            global_samples=int(model.get("global_samples", 0)),
-            skipped_steps=int(model.get("skipped_steps", 0)),
-            lr_scheduler=model.get("lr_scheduler"),
-            param_groups=[{k: v for k, v in group.items() if k != "params"} for group in first.base["param_groups"]],
-            loss_scale=_loss_scale(first.wrapper),
-            client_state={key: value for key, value in model.items() if key not in _ENGINE_KEYS},
-        )
-
-
-def tag_folder(path: str | Path, tag: str | None = None) -> Path:
-    """The directory of a tag; without one `path` may be that directory itself, or what `latest` names is taken.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    path = Path(path)
-    if tag is None and replica_numbers(path):
-        return path
-    found = find_tag(path, tag)
-    if found is None:
-        raise CheckpointError(f"LoRDO: {path} holds no checkpoint: neither `latest` nor replica_0; give its tag")
-    recover_folder(path / found)
-    return path / found
-
-
-def replica_numbers(folder: Path) -> list[int]:
-    """Numbers of the directories replica_<m>, ascending."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(match[1]) for match in map(_FOLDER.fullmatch, os.listdir(folder)) if match)
-
-
-def replica_folders(folder: Path) -> list[Path]:
-    """The directories of replicas 0, 1, ...
-
-    Raises:
-        CheckpointError: there is none, or one is missing.
-    """
-    found = replica_numbers(folder)
-    if not found:
-        raise CheckpointError(f"LoRDO: {folder} holds no replica_0: it was not saved by LoRDO")
-    if found != list(range(len(found))):
-        raise CheckpointError(f"LoRDO: {folder} holds the replicas {found}: one is missing")
-    return [folder / f"replica_{m}" for m in found]
-
-
-# -- files -------------------------------------------------------------------------------------------
+        found = checked_dict(self.base.get("state"), self.path).get(layout.tensor)
+        return checked_dict(checked_dict(found, self.path).get(layout.name), self.path)
 
 
 def optimizer_files(folder: Path) -> Sequence[Path]:
     return sorted(folder.glob("*_optim_states.pt")) or sorted(folder.glob("mp_rank_*_model_states.pt"))
 
 
-def _model_file(optimizer_file: Path) -> Path:
+def model_file(optimizer_file: Path) -> Path:
     """The model's file beside an optimizer's: one per shard at stage 3, else one for all shards."""
     name = optimizer_file.name
     if not name.endswith("_optim_states.pt"):
@@ -336,13 +99,13 @@ def read_part(path: Path) -> SavedPart:
     Raises:
         CheckpointError: there is none of LoRDO.
     """
-    found = _mapping(read_saved(path), path)
+    found = checked_dict(read_saved(path), path)
     if path.name.endswith("_optim_states.pt"):
-        wrapper = _mapping(found.get("optimizer_state_dict"), path)
+        wrapper = checked_dict(found.get("optimizer_state_dict"), path)
         base = wrapper.get("base_optimizer_state", wrapper.get("optimizer_state_dict"))
         masters = wrapper.get("single_partition_of_fp32_groups", wrapper.get("fp32_flat_groups"))
     else:
-        wrapper = _mapping(found.get("optimizer"), path)
+        wrapper = checked_dict(found.get("optimizer"), path)
         base, masters = wrapper.get("optimizer_state_dict"), wrapper.get("fp32_groups")
         if base is None:
             base = wrapper
@@ -353,10 +116,15 @@ def read_part(path: Path) -> SavedPart:
         raise CheckpointError(f"LoRDO: {path} is damaged: its masters are no tensors")
     if not all(map(is_held, masters or ())):
         raise CheckpointError(f"LoRDO: {path} is damaged: its masters are larger than the file")
-    return SavedPart(path, header, _mapping(base, path), masters, wrapper)
+    return SavedPart(path, header, checked_dict(base, path), masters, wrapper)
 
 
-def _mapping(found: Any, path: Path) -> dict[Any, Any]:
+def checked_dict(found: Any, path: Path) -> dict[Any, Any]:
+    """What was found in a file, which must be a dict.
+
+    Raises:
+        CheckpointError: it is none.
+    """
     if not isinstance(found, dict):
         raise CheckpointError(f"LoRDO: {path} is not a file of this kind of checkpoint, or is damaged")
     return found
@@ -365,33 +133,4 @@ def _mapping(found: Any, path: Path) -> dict[Any, Any]:
 def _layer(folder: Path, name: str) -> dict[Any, Any]:
     if Path(name).name != name:
         raise CheckpointError(f"LoRDO: {folder} names a file {name!r} outside of it: it is damaged")
-    return _mapping(read_saved(folder / name), folder / name)
-
-
-def _untrained(replica: _Replica, stage: int, index: int, one: Untrained) -> Tensor | None:
-    """One slice of a frozen parameter, or a buffer; None where it was not saved."""
-    part, model = replica.parts[stage, index, 0], replica.model(stage, index)
-    fragments = model.get("frozen_param_fragments") or {}
-    if part.header.engine.zero_stage < 3 or one.name not in fragments:
-        found = part.entry(one.name, model)
-        if found is not None and tuple(found.shape) != one.shape:
-            raise CheckpointError(
-                f"LoRDO: {part.path}: {one.name} is {tuple(found.shape)}, not {one.shape}: it is damaged"
-            )
-        return found
-    shards = replica.first.header.mesh.shards
-    models = [read_saved(_model_file(replica.parts[stage, index, shard].path)) for shard in range(shards)]
-    pieces = [_mapping(found.get("frozen_param_fragments"), part.path).get(one.name) for found in models]
-    size = torch.Size(one.shape).numel()
-    if not all(isinstance(piece, Tensor) for piece in pieces) or sum(piece.numel() for piece in pieces) < size:  # type: ignore[union-attr]
-        raise CheckpointError(f"LoRDO: {part.path.parent}: the shards of {one.name} do not make it up: it is damaged")
-    flat = torch.cat([piece.reshape(-1) for piece in pieces])  # type: ignore[union-attr]
-    return flat[: torch.Size(one.shape).numel()].view(one.shape)
-
-
-def _loss_scale(wrapper: Mapping[str, Any]) -> dict[str, float | int]:
-    """The values of fp16's loss scaler, by the attribute names that both of DeepSpeed's kinds share."""
-    scaler = wrapper.get("loss_scaler")
-    found = wrapper if scaler is None else vars(scaler)
-    names = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-    return {name: found[name] for name in names if isinstance(found.get(name), (int, float))}
+    return checked_dict(read_saved(folder / name), folder / name)

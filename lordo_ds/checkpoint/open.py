@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lordo_ds.checkpoint.deepspeed_files import NativeRun, tag_folder
 from lordo_ds.checkpoint.files import verify, with_a_name
+from lordo_ds.checkpoint.native_run import NativeRun
 from lordo_ds.checkpoint.portable import PortableRun, is_portable
+from lordo_ds.checkpoint.replica_folders import tag_folder
 from lordo_ds.checkpoint.run import SavedRun
 
 

@@ -75,12 +75,15 @@ class ReshapedRun(SavedRun):
 
     def state(self, name: str, replica: int) -> State:
         sources = self._sources(replica)
-        first = self.run.state(name, sources[0])
+        states = {m: self.run.state(name, m) for m in sources}
+        first = states[sources[0]]
         if self.replicas != self.run.replicas:
-            others = [self.run.state(name, m) for m in sources[1:]]
-            first = mean_state([first, *others], self._betas(sources[0]))
-            if self.averages:
-                first["weight"] = _mean([self.run.state(name, m)["weight"] for m in self._finite])
+            first = mean_state(list(states.values()), self._betas(sources[0]))
+            if self.averages:  # the other replicas' weights are read here, and no state twice
+                weights = {m: state["weight"] for m, state in states.items()}
+                first["weight"] = _mean(
+                    [weights[m] if m in weights else self.run.state(name, m)["weight"] for m in self._finite]
+                )
         return with_rank(first, self.parameters[name])
 
     def check_state(self, name: str, replica: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,16 @@ from torch import Tensor, nn
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.comm import Comm
 from lordo_ds.comm.wire import ReplicaWire
+
+logger = logging.getLogger("lordo_ds")
+
+
+def warn_of_left_out(names: Sequence[str]) -> None:
+    """Say which parameters require a gradient, and were not given to the optimizer."""
+    if names:
+        logger.warning(
+            "LoRDO: %d parameters were not given to the optimizer and stay as they are: %s", len(names), names[0]
+        )
 
 
 @torch.no_grad()

@@ -41,6 +41,11 @@ class FlatTensor:
     tensor: Tensor
     pieces: tuple[Piece, ...]
 
+    @classmethod
+    def of_one(cls, tensor: Tensor, facts: ParameterFacts) -> FlatTensor:
+        """A tensor that is one parameter, held whole."""
+        return cls(tensor, (Piece(facts, whole(facts.shape)),))
+
 
 @dataclass(frozen=True)
 class Tile:

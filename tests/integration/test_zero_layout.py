@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lordo_ds.adapters.deepspeed.wrappers import flat_tensors, gradient_bytes, is_offloaded, refresh_low_precision
+from lordo_ds.adapters.deepspeed.masters import refresh_low_precision
+from lordo_ds.adapters.deepspeed.wrappers import flat_tensors, gradient_bytes, is_offloaded
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.optimizer import LoRDO
 from tests.cases import Found, once, run_cases
@@ -261,8 +262,10 @@ def refreshed(case: dict[str, Any]) -> list[str]:
             offset = float(sum(map(ord, piece.facts.name)) % 97)
             values = (torch.arange(start, stop) % 251).float() + offset
             flat.tensor.data.view(-1)[piece.offset : piece.offset + stop - start] = values
-    refresh_low_precision(engine)
     persistent = [p for p in engine.module.parameters() if getattr(p, "ds_persist", False)]
+    if persistent:  # as after a forward pass: before the first, none is gathered, and a refresh leaves it so
+        persistent[0].all_gather(persistent)
+    refresh_low_precision(engine)
     assert all(p.numel() == p.ds_numel for p in persistent), "persistent parameters stay gathered"
     wrong = []
     for name, parameter in engine.module.named_parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lordo_ds.adapters.deepspeed.reshape import load_reshaped
+from lordo_ds.adapters.deepspeed.loading_reshaped import load_reshaped
 from lordo_ds.handle import require_hook
 from lordo_ds.watch.liveness import LOAD
 
@@ -30,7 +30,10 @@ def load_checkpoint(
     """
     found = require_hook(engine, "load_checkpoint()")
     if not reshape:
-        return engine.load_checkpoint(load_dir, tag=tag, **{"load_module_strict": strict, **options})
+        as_saved: tuple[str | None, Any] = engine.load_checkpoint(
+            load_dir, tag=tag, **{"load_module_strict": strict, **options}
+        )
+        return as_saved
     if options:
         raise ValueError(f"LoRDO: load_checkpoint(reshape=True) takes no {sorted(options)[0]!r}: leave it out")
     with found.optimizer.watchdog.during(LOAD):

@@ -1,8 +1,6 @@
-"""Checkpoints of an engine: every replica writes into `<tag>/replica_<m>/`, under one tag, all of it or nothing.
+"""Loading an engine: a load first checks, on all ranks, all that could be wrong, and only then changes anything.
 
-How they are saved, `saving` beside it tells. A load first checks, on all ranks, all that could be wrong, and only then
-changes anything. No file can run code: tensors, plain values and four classes of DeepSpeed are all that
-is read.
+No file can run code: tensors, plain values and four classes of DeepSpeed are all that is read.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,23 +18,17 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from lordo_ds.adapters.deepspeed.model_check import (
-    check_masters,
-    check_model,
-    leave_what_was_not_saved,
-    trained_weights,
-)
-from lordo_ds.adapters.deepspeed.pipeline import is_pipeline, save_first_replica_only
-from lordo_ds.adapters.deepspeed.saving import RANKS, SAVE_PARAMETERS, place_of, whole_or_not
+from lordo_ds.adapters.deepspeed.model_check import check_masters, check_model, trained_weights
+from lordo_ds.adapters.deepspeed.saving import RANKS, place_of
 from lordo_ds.adapters.deepspeed.weights_of_shards import weights_of_shards
 from lordo_ds.adapters.deepspeed.wrappers import stepped_tensors_in_groups
-from lordo_ds.adapters.patching import replace_method
-from lordo_ds.checkpoint.deepspeed_files import SavedPart, optimizer_files, read_part, replica_numbers
+from lordo_ds.checkpoint.deepspeed_files import SavedPart, optimizer_files, read_part
 from lordo_ds.checkpoint.files import check_sums, find_tag, read_complete, read_saved
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.folders import recover_folder
 from lordo_ds.checkpoint.header import refuse_differences
 from lordo_ds.checkpoint.portable import is_portable
+from lordo_ds.checkpoint.replica_folders import replica_numbers
 from lordo_ds.checkpoint.rng import set_rng_state
 from lordo_ds.comm.agreement import agreed
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
@@ -52,76 +43,19 @@ _CLASSES = {
     f"{made.__module__}.{made.__qualname__}": made
     for made in (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)
 }
-_LAYER_FILES = (
-    ("module_state_dict", ("exclude_frozen_parameters",)),
-    ("load_module_state_dict", ("checkpoint", "strict")),
-)
 
 
-def keep_replicas_apart(engine: Any, groups: ReplicaGroups, restart: Callable[[], None], version: str) -> None:
-    """Replace the engine's methods that name, save and load checkpoint files.
+def read_of_engine(path: str | Path) -> Any:
+    """A file that DeepSpeed saved, on the host."""
+    return read_saved(path, _CLASSES)
 
-    DeepSpeed's file names carry the rank inside the data-parallel group, so replicas would overwrite each other. The
-    tag stays the same: DeepSpeed compares it over all ranks.
+
+def checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], None], original: Any) -> Any:
+    """`engine.load_checkpoint`, in those steps.
 
     Args:
         restart: called after weights were loaded without optimizer states.
     """
-    folder = f"replica_{groups.replica_index}"
-
-    def inside_replica(original: Any) -> Any:
-        @functools.wraps(original)
-        def name(checkpoints_path: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-            return original(checkpoints_path, os.path.join(str(tag), folder), *args, **kwargs)
-
-        return name
-
-    for method in ("_get_ckpt_name", "_get_rank_zero_ckpt_name"):
-        replace_method(engine, method, ("checkpoints_path", "tag"), inside_replica, version)
-    if is_pipeline(engine):
-        for method, parameters in _LAYER_FILES:
-            replace_method(engine, method, parameters, functools.partial(_in_folder, engine, folder), version)
-        save_first_replica_only(engine, groups.replica_index, version)
-    else:  # a pipeline's loads synchronise tied weights
-        method, parameters = _LAYER_FILES[1]
-        replace_method(engine, method, parameters, functools.partial(leave_what_was_not_saved, engine=engine), version)
-        replace_method(engine, "_load_checkpoint", ("load_dir", "tag"), _on_all_ranks, version)
-    replace_method(engine, "_load_zero_checkpoint", ("load_dir", "tag"), _on_all_ranks, version)
-    replace_method(engine.checkpoint_engine, "load", ("path", "map_location"), _without_code, version)
-    saved = functools.partial(whole_or_not, engine, groups)
-    replace_method(engine, "save_checkpoint", SAVE_PARAMETERS, saved, version)
-    loaded = functools.partial(_checked_first, engine, groups, restart)
-    replace_method(engine, "load_checkpoint", ("load_dir", "tag", "load_module_strict"), loaded, version)
-
-
-def _in_folder(engine: Any, folder: str, original: Any) -> Any:
-    """A pipeline writes and reads one file per layer, in a directory that it finds in an attribute."""
-
-    @functools.wraps(original)
-    def module_state(*args: Any, **kwargs: Any) -> Any:
-        if engine._curr_ckpt_path is None:  # not from save_checkpoint: DeepSpeed says so
-            return original(*args, **kwargs)
-        engine._curr_ckpt_path = os.path.join(engine._curr_ckpt_path, folder)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            engine._curr_ckpt_path = None
-
-    return module_state
-
-
-def _without_code(original: Any) -> Any:
-    @functools.wraps(original)
-    def load(path: str, map_location: Any = None) -> Any:
-        return read_saved(path, _CLASSES)  # on the host, where everything that DeepSpeed asks for goes first
-
-    return load
-
-
-# -- loading -----------------------------------------------------------------------------------------
-
-
-def _checked_first(engine: Any, groups: ReplicaGroups, restart: Callable[[], None], original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -245,7 +179,7 @@ def _check(
     check_sums(folder, complete, share)
     for name in share:
         if name.endswith(".pt"):
-            read_saved(folder / name, _CLASSES)  # maps it: what it may not hold shows before anything is changed
+            read_of_engine(folder / name)  # maps it: what it may not hold shows before anything is changed
     part = None if weights_only else _check_state(engine, load_dir, tag, folder / mine)
     notes = [] if users_load else check_model(engine, load_dir, tag, strict, weights_only)
     return notes, _not_finite(engine, groups.replica_index, load_dir, tag, part)
@@ -258,11 +192,11 @@ def _not_finite(engine: Any, replica: int, load_dir: Path, tag: str, part: Saved
         for name, weight in trained_weights(engine, load_dir, tag):
             found += not_finite(replica, name, {"weight": weight})
         return found
-    model = read_saved(engine._get_ckpt_name(str(load_dir), tag), _CLASSES) if part.masters is None else {}
+    model = read_of_engine(engine._get_ckpt_name(str(load_dir), tag)) if part.masters is None else {}
     for layout in part.header.fragments:
         # Without masters, the weight of a tied copy is in the file of another stage, which checks it.
-        weight = None if layout.copied and part.masters is None else part.weight(layout, model)
-        found += not_finite(replica, layout.name, {"weight": weight, **part.state(layout)})
+        own = None if layout.copied and part.masters is None else part.weight(layout, model)
+        found += not_finite(replica, layout.name, {"weight": own, **part.state(layout)})
     return found
 
 
@@ -294,16 +228,6 @@ def restore_rank(folder: Path, groups: ReplicaGroups, optimizer: LoRDO) -> None:
     agreed(lambda: set_rng_state(mine["rng"]))
     assert optimizer.sync is not None
     optimizer.sync.rows.pending = [list(row) for row in mine["rows"]]
-
-
-def _on_all_ranks(original: Any) -> Any:
-    """A step of DeepSpeed's load that does not communicate: where it fails on one rank, all raise."""
-
-    @functools.wraps(original)
-    def load(*args: Any, **kwargs: Any) -> Any:
-        return agreed(lambda: original(*args, **kwargs))
-
-    return load
 
 
 def _keeps_states_apart(engine: Any) -> bool:

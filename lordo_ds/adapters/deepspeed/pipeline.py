@@ -35,7 +35,7 @@ def is_pipeline(engine: Any) -> bool:
 # -- the grid ----------------------------------------------------------------------------------------
 
 
-class ReplicaGrid(DataParallelOfReplica, PipelineParallelGrid):
+class ReplicaGrid(DataParallelOfReplica, PipelineParallelGrid):  # type: ignore[misc]  # DeepSpeed has no types
     """A view of a pipeline's grid in which data parallelism ends at the replica's edge.
 
     It shares the topology, the stages and every other group with the grid, which is not changed.

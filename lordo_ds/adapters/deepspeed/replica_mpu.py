@@ -64,7 +64,8 @@ class ReplicaMPU(DataParallelOfReplica):
     # would make every tensor-parallel rank write the same checkpoint file.
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._of_wrapped("get_model_parallel_group", lambda: self.groups.tensor)
+        group: dist.ProcessGroup = self._of_wrapped("get_model_parallel_group", lambda: self.groups.tensor)
+        return group
 
     def get_model_parallel_world_size(self) -> int:
         group = self.get_model_parallel_group

@@ -19,8 +19,8 @@ from lordo_ds.adapters.patching import replace_method
 def refuse_optimizer_states(engine: Any, version: str) -> None:
     """Let every rank refuse access to a state by name. Weights and gradients stay as they are."""
     if type(engine.optimizer) is DeepSpeedZeroOptimizer_Stage3:
-        asked = ("param", "release_swap_buffers", "optim_state_key")
-        replace_method(engine.optimizer, "_get_fp32_opt_state_partition", asked, _weights_only, version)
+        parameters = ("param", "release_swap_buffers", "optim_state_key")
+        replace_method(engine.optimizer, "_get_fp32_opt_state_partition", parameters, _weights_only, version)
         return
     for parameter in engine.module.parameters():
         for name, asked in (

@@ -102,7 +102,8 @@ def _apply_inside_group(original: Any) -> Any:
     def patch_init_and_builtins(self: Init) -> None:
         original(self)
         if Init.override_module_apply and self.ds_process_group != deepspeed_comm.get_world_group():
-            nn.Module.apply = _gathered_apply(nn.Module._old_apply)  # what leaving the context restores
+            patched: Any = nn.Module  # DeepSpeed keeps the original in `_old_apply`, which leaving the context restores
+            patched.apply = _gathered_apply(patched._old_apply)
 
     return patch_init_and_builtins
 

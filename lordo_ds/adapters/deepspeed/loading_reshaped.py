@@ -11,15 +11,17 @@ import torch
 import torch.distributed as dist
 
 from lordo_ds.adapters.deepspeed.loading import common_tag, restore_rank, tell
+from lordo_ds.adapters.deepspeed.masters import refresh_low_precision
 from lordo_ds.adapters.deepspeed.untrained import Untrained, check_untrained, fill_untrained
-from lordo_ds.adapters.deepspeed.wrappers import refresh_low_precision, stepped_tensors_in_groups
-from lordo_ds.checkpoint.deepspeed_files import NativeRun, replica_numbers
+from lordo_ds.adapters.deepspeed.wrappers import stepped_tensors_in_groups
 from lordo_ds.checkpoint.files import verify
 from lordo_ds.checkpoint.finite import NotFinite, not_finite
 from lordo_ds.checkpoint.header import Header
+from lordo_ds.checkpoint.native_run import NativeRun
 from lordo_ds.checkpoint.open import open_run
 from lordo_ds.checkpoint.pieces import Place, State, cut
 from lordo_ds.checkpoint.portable import is_portable
+from lordo_ds.checkpoint.replica_folders import replica_numbers
 from lordo_ds.checkpoint.reshaped_run import ReshapedRun, check_settings, with_rank
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.comm.agreement import agreed
