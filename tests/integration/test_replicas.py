@@ -111,7 +111,7 @@ def test_only_the_sync_crosses_replicas(stage: int, dtype: str) -> None:
         for step, callers in enumerate(found["crossing"], start=1):
             # Step 1 ends in the first basis; the sync interval is 3.
             assert bool(callers) == (step == 1 or step % 3 == 0), f"step {step}: {callers}"
-            assert all("/lordo_ds/sync/" in caller for caller in callers), f"step {step}: {callers}"
+            assert all("/lordo_ds/comm/" in caller for caller in callers), f"step {step}: {callers}"
 
 
 def plain_average(stage: int, dtype: str) -> dict[str, Tensor]:
