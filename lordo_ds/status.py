@@ -98,6 +98,7 @@ def describe_start(run: RunHandle) -> list[str]:
 def sync_events(hook: RunHandle, samples: int) -> list[tuple[str, float, int]]:
     """TensorBoard events of the sync that just ended, over the samples seen."""
     report = hook.optimizer.last_report
+    assert report is not None
     values = {
         "bytes_sent_total": hook.bytes_sent,
         "bytes_saved_factor": hook.ddp_bytes_per_step * report.step / max(1, hook.bytes_sent),

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.ledger import gather_bytes
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import WholeMatrix, overlap, refresh_basis, sketch_seed
 from lordo_ds.core.inner import rotate_moments_
 from lordo_ds.core.schedule import FIRST_STEPS, first_basis_due
+from lordo_ds.costs import Links, first_basis_bytes
 from lordo_ds.replica.fragment import Fragment, ShardedMatrix
 from lordo_ds.sync.moments import republish_
 
@@ -105,10 +105,8 @@ class Bases:
 
     def predicted_bytes(self) -> int:
         """Bytes that this rank sends across replicas in a step that gives all matrices their first bases."""
-        if self.each_replica_its_own or self.wire.replicas == 1:
-            return 0
-        flags = gather_bytes(8 * (_FLAGS + len(self.items)), self.wire.replicas)
-        return flags + sum(self.wire.sum_bytes(item.numel, item.weight.element_size()) for item in self.items)
+        links = Links(self.wire.replicas, self.wire.twins.size)
+        return first_basis_bytes(self.config, [item.holding for item in self.items], links, _FLAGS)
 
     # -- refreshes -----------------------------------------------------------------------------------
 
