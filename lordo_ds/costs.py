@@ -95,10 +95,10 @@ class Holding:
 # -- state -------------------------------------------------------------------------------------------
 
 
-def needs_anchor(config: LordoConfig, low_rank: bool, replicas: int) -> bool:
+def needs_anchor(config: LordoConfig, low_rank: bool, alone: bool) -> bool:
     """One replica with plain averaging needs the anchor only where the basis comes from D."""
     from_weights = low_rank and config.basis_source != "gradient"
-    return replicas > 1 or not config.outer.is_plain_average or from_weights
+    return not alone or not config.outer.is_plain_average or from_weights
 
 
 def is_kept(config: LordoConfig, kept: Kept, low_rank: bool, replicas: int) -> bool:
@@ -109,7 +109,7 @@ def is_kept(config: LordoConfig, kept: Kept, low_rank: bool, replicas: int) -> b
         "row_mean_sq": config.qh_mode == "factored",
         "col_mean_sq": config.qh_mode == "factored",
         "error": bool(config.error_feedback),
-        "anchor": needs_anchor(config, low_rank, replicas),
+        "anchor": needs_anchor(config, low_rank, alone=replicas == 1),
         "outer_momentum": not config.outer.is_plain_average,
     }
     return wanted.get(kept.name, True)

@@ -107,7 +107,7 @@ class OuterSync:
         return equal
 
     def needs_anchor(self, plan: ParameterPlan) -> bool:
-        return needs_anchor(self.config, plan.low_rank, self.wire.replicas)
+        return needs_anchor(self.config, plan.low_rank, alone=self.wire.replicas == 1)
 
     def _place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy of the tensor where `anchor` says; by default pinned host memory for CUDA tensors."""
