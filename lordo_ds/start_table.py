@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lordo_ds import costs
 from lordo_ds.config import LordoConfig, OuterOptimizer
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.model_size import ModelSize
@@ -40,22 +41,14 @@ def state_bytes(items: Sequence[Fragment]) -> dict[str, int]:
     for item in items:
         for key, value in item.state.items():
             if isinstance(value, Tensor):
-                dense_moment = not item.plan.low_rank and key.startswith("exp_avg")
-                kinds[f"dense_{key}" if dense_moment else key] += value.numel() * value.element_size()
+                kinds[costs.kind_of_state(key, item.plan.low_rank)] += value.numel() * value.element_size()
     return dict(kinds)
 
 
 def border_copy_bytes(items: Sequence[Fragment]) -> int:
     """Bytes of moments of border rows that another shard keeps too, and owns."""
-    total = 0
-    for item in items:
-        if item.shards is None or item.shards.basis_on_rows:
-            continue
-        first, last = item.shards.owned_rows(item.comm.index)
-        copies = sum(not first <= row < last for _, row in item.shards.borders(item.comm.index))
-        floats = 2 * item.plan.rank + ("col_mean_sq" in item.state)
-        total += copies * floats * item.weight.element_size()
-    return total
+    factored = any("col_mean_sq" in item.state for item in items)
+    return costs.border_copy_bytes((item.holding for item in items), factored)
 
 
 def show_messages(dist_rank: int) -> None:
@@ -109,7 +102,7 @@ def _plan_lines(items: Sequence[Fragment]) -> list[str]:
 
 def _state_line(items: Sequence[Fragment]) -> str:
     state = ", ".join(f"{kind} {mebibytes(size)}" for kind, size in state_bytes(items).items())
-    adamw = 2 * sum(item.weight.numel() * item.weight.element_size() for item in items)
+    adamw = costs.adamw_bytes(item.holding for item in items)
     copied = border_copy_bytes(items)
     copies = f" (of it {mebibytes(copied)} border copies)" if copied else ""
     return f"LoRDO: state on this rank: {state}{copies}; AdamW's moments would be {mebibytes(adamw)}"

@@ -43,7 +43,7 @@ import torch.distributed as dist
 
 DEFAULT_TIMEOUT_S = 120.0
 # After the first failure the other ranks get this long to report theirs, which are mostly its consequences.
-GRACE_S = 1.0
+GRACE_S = 0.5
 _ROOT = Path(__file__).resolve().parent.parent
 _QUIET_ENV = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 

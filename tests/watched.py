@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -96,6 +99,24 @@ def run(folder: Path, job: Callable[..., None], *given: Any, world: int = WORLD,
         process.join()
         ends.append(End(exit_code, seconds[rank], (folder / f"output{rank}.txt").read_text(errors="replace")))
     return ends
+
+
+@contextmanager
+def launched(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    cases: Mapping[str, tuple[int, tuple[Any, ...]]],
+) -> Iterator[dict[str, Future[list[End]]]]:
+    """Of the cases that the file's chosen tests ask for as `ends`: three at a time, for most of their time is waiting.
+
+    Args:
+        cases: name -> how many ranks, and what they run.
+    """
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = dict.fromkeys(item.callspec.params["ends"] for item in here if "ends" in item.callspec.params)
+    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in names}
+    with ThreadPoolExecutor(3) as pool:
+        yield {name: pool.submit(run, folders[name], *cases[name][1], world=cases[name][0]) for name in names}
 
 
 def _only_stopped_are_left(processes: list[Any]) -> bool:

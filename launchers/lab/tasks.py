@@ -44,11 +44,12 @@ def run_tasks(rows: list[Row], path: Path, jobs: int, device: str, say: Callable
     left = [row for row in rows if row["id"] not in done]
     odd = 0
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "lab.run"])  # once for all runs
     with context.Pool(jobs, maxtasksperchild=1) as pool, path.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
         if not done and stream.tell() == 0:
             writer.writeheader()
-        for row, again in pool.imap_unordered(_again, [(row, device) for row in left]):
+        for row, again in pool.imap_unordered(_again, [(row, device, ITEMS) for row in left]):
             if again["val_loss"] != row["val_loss"]:
                 odd += 1
                 say(f"{row['id']} ({row['method']}): loss {again['val_loss']} now, {row['val_loss']} then: left out")
@@ -60,13 +61,13 @@ def run_tasks(rows: list[Row], path: Path, jobs: int, device: str, say: Callable
     return odd
 
 
-def _again(given: tuple[Row, str]) -> tuple[Row, dict[str, Any]]:
+def _again(given: tuple[Row, str, int]) -> tuple[Row, dict[str, Any]]:
     from lab.run import execute
     from lab.spec import RunSpec
 
     logging.getLogger("lordo_ds").setLevel(logging.ERROR)
-    row, device = given
-    return row, execute(RunSpec.from_json(row["config"]), device, ITEMS)
+    row, device, items = given
+    return row, execute(RunSpec.from_json(row["config"]), device, items)
 
 
 def _in_words(found: dict[str, float]) -> str:

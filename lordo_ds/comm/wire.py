@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lordo_ds.comm.comm import Comm
 from lordo_ds.comm.inside import InsideComm
-from lordo_ds.comm.ledger import reduction_bytes
 from lordo_ds.errors import SyncError
 
 
@@ -48,10 +47,6 @@ class ReplicaWire(Comm):
         part[: own.numel()] = own
         everything = self.twins.gather(across(part), kind).view(-1)
         return tensor.copy_(everything[: tensor.numel()].view_as(tensor))
-
-    def sum_bytes(self, numel: int, width: int) -> int:
-        """What `sum_` of `numel` elements of `width` bytes sends from this rank across replicas."""
-        return reduction_bytes(self._share(numel) * width, self.size)
 
     def _share(self, numel: int) -> int:
         return -(-numel // self.twins.size)

@@ -22,7 +22,7 @@ def pseudo_gradient(anchor: Tensor, weight: Tensor, out: Tensor | None = None) -
 # Odd quintic a x + b x^3 + c x^5 that takes singular values in (0, 1] to about 1 in few iterations: Muon,
 # https://kellerjordan.github.io/posts/muon.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-_ITERATIONS = 5
+ITERATIONS = 5
 
 
 def orthogonalized(matrix: Tensor, summed: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
@@ -38,7 +38,7 @@ def orthogonalized(matrix: Tensor, summed: Callable[[Tensor], Tensor] = lambda p
     norm = summed(matrix.square().sum().reshape(1)).sqrt()
     x = matrix / torch.where(norm > 0, norm, 1.0)  # a zero matrix stays zero
     a, b, c = _QUINTIC
-    for _ in range(_ITERATIONS):
+    for _ in range(ITERATIONS):
         gram = summed(x @ x.mT)
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     length = summed(x.square().sum().reshape(1)).sqrt()

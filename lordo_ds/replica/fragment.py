@@ -15,6 +15,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import Interval, MatrixShards, Tile
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.state import MOMENTS, Kept
+from lordo_ds.costs import Holding
 from lordo_ds.replica.waiting import Waiting
 
 _ERROR_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -114,6 +115,11 @@ class Fragment:
         if self.shards.basis_on_rows:
             return OrientedTile(tile, False, local_rows, columns, rows, columns)
         return OrientedTile(tile, True, columns, local_rows, columns, rows)
+
+    @property
+    def holding(self) -> Holding:
+        """What its costs follow from."""
+        return Holding(self.plan, self.intervals, self.comm.index, self._tensor.element_size(), self.has_basis)
 
     # -- state ---------------------------------------------------------------------------------------
 

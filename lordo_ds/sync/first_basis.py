@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lordo_ds.comm.ledger import gather_bytes
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.schedule import first_basis_due
+from lordo_ds.costs import Links, first_basis_bytes
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.sync.header import FirstBasisFlags
@@ -48,10 +48,8 @@ def first_bases_(bases: Bases, wire: ReplicaWire, step: int, executed_before: in
 
 def first_bases_bytes(bases: Bases, wire: ReplicaWire) -> int:
     """Bytes that this rank sends across replicas in a step that gives all matrices their first bases."""
-    if bases.each_replica_its_own or wire.replicas == 1:
-        return 0
-    flags = gather_bytes(8 * (FirstBasisFlags.width() + len(bases.items)), wire.replicas)
-    return flags + sum(wire.sum_bytes(item.numel, item.weight.element_size()) for item in bases.items)
+    links = Links(wire.replicas, wire.twins.size)
+    return first_basis_bytes(bases.config, [item.holding for item in bases.items], links, FirstBasisFlags.width())
 
 
 def _peaks(items: Sequence[Fragment]) -> list[float]:

@@ -16,6 +16,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import Interval
 from lordo_ds.core.outer import orthogonalized, outer_update
 from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.costs import orthogonalization_flops
 from lordo_ds.replica.fragment import Fragment
 
 
@@ -58,7 +59,9 @@ class OuterStep:
         """This rank's elements of the matrices whose elements it holds now, orthogonalized."""
         shard = self.inside.shard
         held = [item.intervals for item in items]
-        owners = matrix_owners([orthogonalization_flops(item) for item in items], held)
+        # Of one iteration; they all cost the same.
+        flops = [orthogonalization_flops(item.plan.basis_side, item.plan.other_side, iterations=1) for item in items]
+        owners = matrix_owners(flops, held)
         own = [i for i, owner in enumerate(owners) if owner == shard.index]
         ranks = range(shard.size)
         travel = [i for i, owner in enumerate(owners) if any(_length(held[i][r]) for r in ranks if r != owner)]
@@ -100,12 +103,6 @@ def with_residual_gain(item: Fragment, elements: Tensor, gain: float) -> Tensor:
     for tile in item.tiles:
         tile.view(gained).addmm_(item.basis[tile.s], coordinates[:, tile.l_whole], alpha=1.0 - gain)
     return gained
-
-
-def orthogonalization_flops(item: Fragment) -> int:
-    """Of one Newton-Schulz iteration of the matrix, or of its tensor slice."""
-    s, l = item.plan.basis_side, item.plan.other_side  # noqa: E741
-    return 4 * s * s * l + 2 * s**3
 
 
 def matrix_owners(costs: Sequence[int], held: Sequence[Sequence[Interval]]) -> list[int]:

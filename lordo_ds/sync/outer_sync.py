@@ -12,12 +12,12 @@ from torch import Tensor
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.comm import Comm
 from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.ledger import gather_bytes
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.costs import Links, needs_anchor, sync_bytes
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.copies import TensorCopies, TiedCopies, TiedWeight
 from lordo_ds.replica.fragment import Fragment
@@ -127,9 +127,7 @@ class OuterSync:
         return equal
 
     def needs_anchor(self, plan: ParameterPlan) -> bool:
-        """One replica with plain averaging needs the anchor only where the basis comes from D."""
-        from_weights = plan.low_rank and self.config.basis_source != "gradient"
-        return not self._alone or not self.config.outer.is_plain_average or from_weights
+        return needs_anchor(self.config, plan.low_rank, alone=self._alone)
 
     def _place(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A copy of the tensor where `anchor` says; by default pinned host memory for CUDA tensors."""
@@ -250,22 +248,12 @@ class OuterSync:
 
     def predicted_bytes(self, plan: SyncPlan, rows: int, row_length: int) -> int:
         """Bytes that this rank sends across replicas in an ordinary sync (all replicas take part)."""
-        replicas = self.wire.replicas
-        if replicas == 1:
-            return 0
-        sent = gather_bytes(8 * (Header.width() + len(self.items)), replicas) + gather_bytes(
-            8 * Trailer.width(), replicas
+        return sync_bytes(
+            self.config,
+            plan,
+            [[item.holding for item in bucket] for bucket in self.buckets],
+            Links(self.wire.replicas, self.wire.twins.size),
+            header_fields=Header.width(),
+            trailer_fields=Trailer.width(),
+            row_numbers=rows * (row_length + 1),
         )
-        if rows:
-            sent += self.wire.sum_bytes(rows * (row_length + 1), 8)
-        for bucket in self.buckets:
-            width = bucket[0].weight.element_size()
-            wire_width = 2 if self.config.pseudo_gradient_dtype == "bf16" else width
-            sent += self.wire.sum_bytes(sum(item.numel for item in bucket), wire_width)
-            averaged = [i for i in bucket if i.plan.low_rank or self.config.average_dense_moments]
-            for beta in (0, 1):
-                moments = sum(t.numel() for i in averaged for kept, t, _ in i.moments() if kept.beta == beta)
-                sent += self.wire.sum_bytes(moments, width) if plan.averages(beta) and moments else 0
-            if plan.refresh_basis and self.config.basis_source == "gradient" and not self.bases.each_replica_its_own:
-                sent += sum(self.wire.sum_bytes(i.numel, width) for i in bucket if i.has_basis)
-        return sent

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID = """
@@ -41,23 +45,47 @@ ASKED_FOR = ("method", "seed", "lr", "val_loss", "bytes", "state_bytes", "tokens
 pytestmark = pytest.mark.timeout(240)
 
 
-def experiment(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+Done = subprocess.CompletedProcess[str]
+
+
+def command(folder: Path, *options: str) -> list[str]:
     (folder / "grid.yaml").write_text(GRID)
-    command = [sys.executable, str(ROOT / "launchers" / "experiment.py"), str(folder / "grid.yaml")]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(
-        [*command, "--output", str(folder / "out"), "--device", "cpu", *options],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    return [str(folder / "grid.yaml"), "--output", str(folder / "out"), "--device", "cpu", *options]
+
+
+def _run_one(commands: list[list[str]]) -> Done:
+    """`python launchers/experiment.py`, on a rank of its own."""
+    import experiment
+
+    from lab import tasks
+
+    tasks.ITEMS = 60  # in place of a thousand of each task
+    arguments = commands[int(os.environ["RANK"])]
+    sys.argv = ["experiment.py", *arguments]
+    with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()) as complained:
+        try:
+            code = experiment.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, code, said.getvalue(), complained.getvalue())
+
+
+def run_all(*commands: list[str]) -> list[Done]:
+    """All at once, in processes that have torch already."""
+    done: list[Done] = run_ranks(_run_one, len(commands), list(commands), init_process_group=False, timeout_s=200)
+    return done
+
+
+def run(folder: Path, *options: str) -> Done:
+    return run_all(command(folder, *options))[0]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
-    done = experiment(folder, "--jobs", "2")
+    program = [sys.executable, str(ROOT / "launchers" / "experiment.py"), *command(folder, "--jobs", "2")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -82,14 +110,14 @@ def test_a_grid_becomes_one_csv(finished: Path) -> None:
 
 def test_what_is_finished_is_not_run_again(finished: Path) -> None:
     before = (finished / "out" / "results.csv").read_bytes()
-    done = experiment(finished)
+    done = run(finished)
     assert done.returncode == 0 and "0 runs in" in done.stdout and "; 0 left" in done.stdout
     assert (finished / "out" / "results.csv").read_bytes() == before
 
 
 def test_a_row_can_be_run_again_with_the_same_numbers(finished: Path) -> None:
     row = next(row for row in rows_of(finished) if row["method"] == "paper")
-    done = experiment(finished, "--rerun", row["id"])
+    done = run(finished, "--rerun", row["id"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{float(row['val_loss'])!r} then, {float(row['val_loss'])!r} now" in done.stdout
 
@@ -99,9 +127,9 @@ def test_a_row_whose_numbers_were_changed_is_found_out(finished: Path, tmp_path:
     text = (finished / "out" / "results.csv").read_text()
     row = rows_of(finished)[0]
     (tmp_path / "out" / "results.csv").write_text(text.replace(row["val_loss"], "1.25"))
-    done = experiment(tmp_path, "--rerun", row["id"])
+    done, nothing = run_all(command(tmp_path, "--rerun", row["id"]), command(tmp_path, "--rerun", "nothing"))
     assert done.returncode == 1 and "val_loss differs: 1.25 then" in done.stdout
-    assert "no row 'nothing'" in experiment(tmp_path, "--rerun", "nothing").stderr
+    assert "no row 'nothing'" in nothing.stderr
 
 
 def test_the_report_comes_from_the_csv_alone_and_keeps_the_text_above_it(finished: Path, tmp_path: Path) -> None:
@@ -110,7 +138,7 @@ def test_the_report_comes_from_the_csv_alone_and_keeps_the_text_above_it(finishe
     rows = (finished / "out" / "results.csv").read_text().replace(",quality+ranks,", ",ranks,")
     (tmp_path / "out" / "results.csv").write_text(rows)
     for _ in range(2):
-        done = experiment(tmp_path, "--report", "--docs", str(tmp_path / "page"))
+        done = run(tmp_path, "--report", "--docs", str(tmp_path / "page"))
         assert done.returncode == 0, done.stdout + done.stderr
         page = (tmp_path / "page.md").read_text()
         assert page.count("## Quality") == 1 and "| paper rank=2 |" in page and "against adamw" in page
@@ -122,14 +150,14 @@ def test_the_report_comes_from_the_csv_alone_and_keeps_the_text_above_it(finishe
 
 
 def test_a_budget_that_holds_no_run_starts_none(tmp_path: Path) -> None:
-    done = experiment(tmp_path, "--budget", "1s")
+    done = run(tmp_path, "--budget", "1s")
     assert done.returncode == 0 and "0 runs in" in done.stdout, done.stdout + done.stderr
     assert not (tmp_path / "out" / "results.csv").exists()
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
-    assert "write it like 90s" in experiment(tmp_path, "--budget", "soon").stderr
-    done = experiment(tmp_path, "--only", "qualty")
+    soon, done = run_all(command(tmp_path, "--budget", "soon"), command(tmp_path, "--only", "qualty"))
+    assert "write it like 90s" in soon.stderr
     assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("experiment.py:")
 
 
@@ -138,7 +166,7 @@ def test_chosen_runs_answer_held_out_tasks_at_their_end(finished: Path, tmp_path
     rows = (finished / "out" / "results.csv").read_text()
     (tmp_path / "out" / "results.csv").write_text(rows)
     for runs in (4, 0):  # two methods, two seeds; the second time nothing is left
-        done = experiment(tmp_path, "--tasks", "quality")
+        done = run(tmp_path, "--tasks", "quality")
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.count("continuation") == runs
     with (tmp_path / "out" / "tasks.csv").open(newline="") as stream:
@@ -148,37 +176,44 @@ def test_chosen_runs_answer_held_out_tasks_at_their_end(finished: Path, tmp_path
     # A run that does not end as its row says answers nothing.
     loss = answers[0]["val_loss"]
     (tmp_path / "out" / "results.csv").write_text(rows.replace(loss, "1.25"))
-    (tmp_path / "out" / "tasks.csv").unlink()
-    done = experiment(tmp_path, "--tasks", "quality")
+    answered = (tmp_path / "out" / "tasks.csv").read_text().splitlines(True)
+    (tmp_path / "out" / "tasks.csv").write_text("".join(line for line in answered if answers[0]["id"] not in line))
+    done, nothing = run_all(command(tmp_path, "--tasks", "quality"), command(tmp_path, "--tasks", "nothing"))
     assert done.returncode == 1 and "left out" in done.stdout
-    assert "no results of a claim 'nothing'" in experiment(tmp_path, "--tasks", "nothing").stderr
+    assert "no results of a claim 'nothing'" in nothing.stderr
 
 
-@pytest.mark.parametrize(
-    ("page", "grid", "tier"),
-    [("claims", "claims", "small"), ("claims_full", "claims", "full"), ("research", "research", "small")],
-)
-def test_the_committed_page_says_what_the_committed_rows_say(page: str, grid: str, tier: str, tmp_path: Path) -> None:
-    docs = ROOT / "docs" / "results"
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "results.csv").write_bytes((docs / f"{page}.csv").read_bytes())
-    answers = docs / f"{page}_tasks.csv"
-    if answers.exists():
-        (tmp_path / "out" / "tasks.csv").write_bytes(answers.read_bytes())
-    command = [
-        sys.executable,
-        str(ROOT / "launchers" / "experiment.py"),
-        str(ROOT / "configs" / "experiments" / f"{grid}.yaml"),
-    ]
-    command += ["--tier", tier, "--output", str(tmp_path / "out"), "--report", "--docs", str(tmp_path / page)]
-    done = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+# A committed page -> its grid, and the tier of it.
+PAGES = {"claims": ("claims", "small"), "claims_full": ("claims", "full"), "research": ("research", "small")}
+DOCS = ROOT / "docs" / "results"
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Done]]:
+    """Every page from its committed rows: the folder that it is in, and what was said."""
+    folders, commands = {page: tmp_path_factory.mktemp(page) for page in PAGES}, []
+    for page, (grid, tier) in PAGES.items():
+        out = folders[page] / "out"
+        out.mkdir()
+        (out / "results.csv").write_bytes((DOCS / f"{page}.csv").read_bytes())
+        answers = DOCS / f"{page}_tasks.csv"
+        if answers.exists():
+            (out / "tasks.csv").write_bytes(answers.read_bytes())
+        options = ["--tier", tier, "--output", str(out), "--report", "--docs", str(folders[page] / page)]
+        commands.append([str(ROOT / "configs" / "experiments" / f"{grid}.yaml"), *options])
+    return dict(zip(PAGES, zip(folders.values(), run_all(*commands), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_committed_page_says_what_the_committed_rows_say(page: str, written: dict[str, tuple[Path, Done]]) -> None:
+    folder, done = written[page]
     assert done.returncode == 0, done.stderr
 
     def numbers(text: str) -> list[str]:
         return [line for line in text.split("<!-- report")[1].splitlines() if not line.startswith("- command")]
 
-    assert numbers((tmp_path / f"{page}.md").read_text()) == numbers((docs / f"{page}.md").read_text())
+    assert numbers((folder / f"{page}.md").read_text()) == numbers((DOCS / f"{page}.md").read_text())
     pictures = sorted(
-        path.name for path in docs.glob(f"{page}_*.png") if page != "claims" or "claims_full" not in path.name
+        path.name for path in DOCS.glob(f"{page}_*.png") if page != "claims" or "claims_full" not in path.name
     )
-    assert pictures and pictures == sorted(path.name for path in tmp_path.glob("*.png"))
+    assert pictures and pictures == sorted(path.name for path in folder.glob("*.png"))

@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from trials.jobs import Job, metrics, write_settings  # noqa: E402
 
 pytestmark = [pytest.mark.deepspeed, pytest.mark.megatron, pytest.mark.distributed, pytest.mark.timeout(280)]
 
-STEPS, SAVED_EVERY = 60, 10
+STEPS, SAVED_EVERY = 40, 10
 COMPARED = ("step", "loss", "lr", "grad_norm")
 
 
@@ -40,17 +42,55 @@ def wait_for_checkpoint(folder: Path, job: Job) -> None:
         time.sleep(0.01)
 
 
-def test_torchrun_brings_a_crashed_job_back_from_its_last_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Nobody said --resume; every row is that of a run without a crash."""
-    run_here(tmp_path, "whole", capsys=capsys)
-    job = Job.start("torchrun --max-restarts=1", script(tmp_path, "crashed"), tmp_path / "crashed.log")
-    wait_for_checkpoint(tmp_path / "crashed", job)
+def one_crash(folder: Path) -> str:
+    """What a job says whose second rank is killed after its first checkpoint."""
+    job = Job.start("torchrun --max-restarts=1", script(folder, "crashed"), folder / "crashed.log")
+    wait_for_checkpoint(folder / "crashed", job)
     os.kill(job.rank_pids()[1], signal.SIGKILL)
     assert job.end(150) == 0, job.text()
-    assert "resumed from step" in job.text()
-    assert rows(tmp_path / "crashed") == rows(tmp_path / "whole")
+    return job.text()
+
+
+def one_node_lost(folder: Path) -> tuple[str, str]:
+    """Two agents, as on two nodes, of which one and its rank are killed: what the other says, and what it said."""
+    log = folder / "survivor.log"
+    waits = "last_call_timeout=5,keep_alive_interval=2"
+    node = f"torchrun --nnodes=1:2 --nproc-per-node=1 --max-restarts=3 --rdzv-id=two --rdzv-conf={waits}"
+    port = 29400 + os.getpid() % 1000
+    command = script(folder, "run", "--resume", "auto")
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    # The rendezvous is on the node that stays.
+    survivor = Job.start(f"{node},is_host=1 --rdzv-endpoint=127.0.0.1:{port}", command, log, **own_store)
+    lost = Job.start(f"{node},is_host=0 --rdzv-endpoint=127.0.0.1:{port}", command, folder / "lost.log", **own_store)
+    try:
+        wait_for_checkpoint(folder / "run", survivor)
+        ranks = lost.rank_pids()
+        lost.process.kill()
+        for pid in ranks.values():
+            os.kill(pid, signal.SIGKILL)
+        assert survivor.end(200) == 0, survivor.text()
+    finally:
+        lost.end(0.0)
+        survivor.end(0.0)
+    return survivor.text(), lost.text()
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Future[str], Future[tuple[str, str]]]]:
+    """Both jobs under launchers at once, for they wait a lot; and the folder that they are in."""
+    folder = tmp_path_factory.mktemp("launched")
+    with ThreadPoolExecutor(2) as pool:
+        yield folder, pool.submit(one_crash, folder), pool.submit(one_node_lost, folder)
+
+
+def test_torchrun_brings_a_crashed_job_back_from_its_last_checkpoint(
+    launched: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody said --resume; every row is that of a run without a crash."""
+    folder, crashed, _ = launched
+    run_here(tmp_path, "whole", capsys=capsys)
+    assert "resumed from step" in crashed.result()
+    assert rows(folder / "crashed") == rows(tmp_path / "whole")
 
 
 def _on_a_rank(argv: list[str]) -> int:
@@ -154,26 +194,9 @@ def test_a_new_run_in_an_old_directory_does_not_come_back_as_the_old_one(
     assert (folder / "latest_of_earlier_run").read_text().strip() == "global_step12"
 
 
-def test_the_job_goes_on_with_fewer_replicas_when_a_node_is_gone(tmp_path: Path) -> None:
-    """Two agents, as on two nodes, of which one and its rank are killed."""
-    log = tmp_path / "survivor.log"
-    node = "torchrun --nnodes=1:2 --nproc-per-node=1 --max-restarts=3 --rdzv-id=two --rdzv-conf=last_call_timeout=10"
-    port = 29400 + os.getpid() % 1000
-    command = script(tmp_path, "run", "--resume", "auto")
-    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    # The rendezvous is on the node that stays.
-    survivor = Job.start(f"{node},is_host=1 --rdzv-endpoint=127.0.0.1:{port}", command, log, **own_store)
-    lost = Job.start(f"{node},is_host=0 --rdzv-endpoint=127.0.0.1:{port}", command, tmp_path / "lost.log", **own_store)
-    try:
-        wait_for_checkpoint(tmp_path / "run", survivor)
-        ranks = lost.rank_pids()
-        lost.process.kill()
-        for pid in ranks.values():
-            os.kill(pid, signal.SIGKILL)
-        assert survivor.end(200) == 0, survivor.text()
-    finally:
-        lost.end(0.0)
-        survivor.end(0.0)
-    assert "2 replica(s)" in survivor.text() + lost.text() and "1 replica(s)" in survivor.text()
-    assert "saved by 2 replica(s), 1 go on" in survivor.text(), survivor.text()
-    assert rows(tmp_path / "run")[-1]["step"] == STEPS
+def test_the_job_goes_on_with_fewer_replicas_when_a_node_is_gone(launched: Any) -> None:
+    folder, _, node_lost = launched
+    survivor, lost = node_lost.result()
+    assert "2 replica(s)" in survivor + lost and "1 replica(s)" in survivor
+    assert "saved by 2 replica(s), 1 go on" in survivor, survivor
+    assert rows(folder / "run")[-1]["step"] == STEPS

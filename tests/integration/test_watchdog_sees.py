@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lordo_ds.watch import watchdog
 from lordo_ds.watch.heartbeat import Heartbeat
 from lordo_ds.watch.watchdog import EXIT_CODE_AGAIN_THE_SAME
 from lordo_ds.watch.whereabouts import whereabouts
-from tests.watched import FAULT_STEP, STEPS, End, check, run, train
+from tests.watched import FAULT_STEP, STEPS, End, check, launched, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]
 
@@ -230,12 +230,8 @@ CASES: dict[str, tuple[int, tuple[Any, ...]]] = {  # ranks, and what they run
 
 @pytest.fixture(scope="module")
 def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    """Of the cases that the chosen tests ask for: three at a time, for most of their time is waiting."""
-    here = [item for item in request.session.items if item.path == request.path]
-    names = dict.fromkeys(item.callspec.params["ends"] for item in here)
-    folders = {name: tmp_path_factory.mktemp(name.replace(" ", "_")) for name in names}
-    with ThreadPoolExecutor(3) as pool:
-        yield {name: pool.submit(run, folders[name], *CASES[name][1], world=CASES[name][0]) for name in names}
+    with launched(request, tmp_path_factory, CASES) as futures:
+        yield futures
 
 
 @pytest.fixture
