@@ -112,7 +112,8 @@ def test_bytes_scale_as_the_readme_says(s: int, more: int, rank: int, replicas: 
     elements = s * (s + more) + 2 * rank * (s + more)
     assert abs(sent - 4 * elements * 2 * (replicas - 1) / replicas) < 3  # three sums, each rounded down
     others = costs.other_methods_bytes(chosen, [plan], replicas, 1, width=4)
-    assert others["diloco"] * k == others["adamw_ddp"] == 4 * plan.numel * 2 * (replicas - 1) // replicas
+    assert others["adamw_ddp"] == 4 * plan.numel * 2 * (replicas - 1) // replicas
+    assert others["diloco"] * k == pytest.approx(others["adamw_ddp"])
 
 
 def test_the_other_methods_send_gradients_coordinates_or_weights() -> None:
