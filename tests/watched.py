@@ -43,11 +43,18 @@ class End:
         return [line for line in self.output.splitlines() if "LoRDO: " in line]
 
 
+def without_start_up_table() -> None:
+    """What is looked at comes after it; a job that wants to hear more has said so."""
+    logger = logging.getLogger("lordo_ds")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.WARNING)
+
+
 def train(fault: Fault, timeout_s: float, **settings: Any) -> None:
     """Each rank a replica, in sync after every second step; `fault` is called with (rank, step) before each, and at
     the end.
     """
-    logging.getLogger("lordo_ds").setLevel(logging.WARNING)  # what is looked at is no start-up table
+    without_start_up_table()
     torch.manual_seed(dist.get_rank())
     weight = torch.nn.Parameter(torch.ones(4, 3))
     optimizer = LoRDO([("weight", weight)], rank=2, sync_interval=2, sync_timeout_s=timeout_s, **settings)

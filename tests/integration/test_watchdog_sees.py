@@ -26,7 +26,7 @@ from lordo_ds.watch import watchdog
 from lordo_ds.watch.heartbeat import Heartbeat
 from lordo_ds.watch.watchdog import EXIT_CODE_AGAIN_THE_SAME
 from lordo_ds.watch.whereabouts import whereabouts
-from tests.watched import FAULT_STEP, STEPS, End, check, launched, train
+from tests.watched import FAULT_STEP, STEPS, End, check, launched, train, without_start_up_table
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]
 
@@ -86,6 +86,7 @@ def _nobody_reads_stderr(rank: int, step: int) -> None:
 
 def _train_in_impatient_groups(group_timeout_s: float, timeout_s: float) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
+    logging.getLogger("lordo_ds").setLevel(logging.INFO)
     distributed_c10d.default_pg_timeout = timedelta(seconds=group_timeout_s)
     train(_hold_up_rank_1, timeout_s)
 
@@ -187,6 +188,8 @@ def _write_slowly(rank: int, moment: Any, engine: Any = None) -> None:
 
 def _watched_again_and_again() -> None:
     """Prints what the watchdog tells of a rank that resumed from step 3, and how many files are open after each."""
+    without_start_up_table()
+    torch.manual_seed(dist.get_rank())
     state: dict[str, Any] = {}
     open_files = []
     for _ in range(4):
