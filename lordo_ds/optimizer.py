@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from lordo_ds import alone, saved_state
-from lordo_ds.checkpoint.header import OWN_FILE_HINT, Counters, EngineFacts, Header
+from lordo_ds.checkpoint.header import OWN_FILE_HINT, EngineFacts, Header
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
@@ -27,8 +26,6 @@ from lordo_ds.sync.outer_sync import OuterSync
 from lordo_ds.sync.report import SyncReport
 from lordo_ds.watch.unwatched import Unwatched
 from lordo_ds.watch.watchdog import watch_ranks
-
-logger = logging.getLogger("lordo_ds")
 
 
 class LoRDO(torch.optim.Optimizer):
@@ -109,8 +106,7 @@ class LoRDO(torch.optim.Optimizer):
             self.model_size = model_size(self.held.fragments, inside)
             self.sync = OuterSync(self.config, self.held.fragments, wire, inside, tied)
             self._steps = Steps(self.config, self.held, self.sync.bases, inside)
-            if not self.sync.start(resuming):
-                logger.warning("LoRDO: the replicas started from different weights; all now have those of replica 0")
+            self.sync.start(resuming, came_by="started from")
             self.sync.outside.record()
 
     @property
@@ -284,9 +280,7 @@ class LoRDO(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: `torch.load(weights_only=True)` reads it back."""
-        saved = super().state_dict()
-        saved["lordo"] = self.header().model_dump()
-        return saved
+        return {**super().state_dict(), "lordo": self.header().model_dump()}
 
     def header(self) -> Header:
         """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors."""
@@ -303,9 +297,3 @@ class LoRDO(torch.optim.Optimizer):
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
         """The header of a state that fits, else a CheckpointError; the groups must hold the stepped tensors."""
         return saved_state.check(self, state_dict)
-
-    def restore_counters(
-        self, counters: Counters, bytes_sent: Mapping[str, int], rows: Sequence[Sequence[float]]
-    ) -> None:
-        """Go on counting where a saved run was."""
-        saved_state.restore_counters(self, counters, bytes_sent, rows)

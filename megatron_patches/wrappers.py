@@ -82,8 +82,7 @@ class EndsInASync:
     def reload_model_params(self, state_dict: Any = None) -> None:
         """The model was given other weights: take them over and anchor there. Collective over all replicas."""
         super().reload_model_params(state_dict=state_dict)  # type: ignore[misc]
-        if not self.optimizer.sync.start():  # type: ignore[attr-defined]
-            logger.warning("LoRDO: the replicas loaded different weights; all now have those of replica 0")
+        self.optimizer.sync.start(came_by="loaded")  # type: ignore[attr-defined]
         self.refresh_model()
         self.optimizer.sync.outside.record()  # type: ignore[attr-defined]
 

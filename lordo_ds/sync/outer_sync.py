@@ -98,10 +98,11 @@ class OuterSync:
 
     # -- start ---------------------------------------------------------------------------------------
 
-    def start(self, resuming: bool = False) -> bool:
-        """Make the weights equal to those of replica 0 and set the anchors; True if they were equal before.
+    def start(self, resuming: bool = False, *, came_by: str) -> None:
+        """Make the weights equal to those of replica 0, say so where they were not, and set the anchors. Collective.
 
         Args:
+            came_by: how the replicas came by their weights, for the message.
             resuming: a saved state comes next, and with it the anchors; every replica keeps the weights that it has.
         """
         # Those of one replica first: only equal ones may divide what crosses replicas.
@@ -114,7 +115,8 @@ class OuterSync:
                 item.state["anchor"] = self._place(item.weight)
             if not self.config.outer.is_plain_average:
                 item.state["outer_momentum"] = self._place(torch.zeros_like(item.weight), torch.float32)
-        return all(equal)
+        if not all(equal):
+            logger.warning("LoRDO: the replicas %s different weights; all now have those of replica 0", came_by)
 
     def _equalise(self, group: Comm) -> bool:
         """Give all ranks of the group the weights of the first; whether they were equal before."""

@@ -113,8 +113,7 @@ class EngineHook(RunHandle):
         """The model was given weights without optimizer states: make replicas and masters agree, and anchor there."""
         take_masters_from_model(self.engine)
         assert self.optimizer.sync is not None
-        if not self.optimizer.sync.start():
-            logger.warning("LoRDO: the replicas loaded different weights; all now have those of replica 0")
+        self.optimizer.sync.start(came_by="loaded")
         refresh_low_precision(self.engine)
 
     def _after_sync(self) -> None:

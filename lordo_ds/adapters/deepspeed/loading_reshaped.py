@@ -30,6 +30,7 @@ from lordo_ds.core.state import PLAIN_VALUES
 from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.replica.fragment import Fragment
+from lordo_ds.saved_state import restore_counters
 
 logger = logging.getLogger("lordo_ds")
 
@@ -76,7 +77,8 @@ def load_reshaped(
     with stepped_tensors_in_groups(engine):
         _fill_optimizer(optimizer, run, here, groups.replica_index)
         _fill_groups(optimizer, state)
-    optimizer.restore_counters(run.counters(groups.replica_index), run.bytes_sent(groups.replica_index), run.rows())
+    replica = groups.replica_index
+    restore_counters(optimizer, run.counters(replica), run.bytes_sent(replica), run.rows())
     fill_untrained(untrained, saved, groups)
     _fill_engine(engine, state)
     refresh_low_precision(engine)
