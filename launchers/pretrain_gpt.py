@@ -11,7 +11,6 @@ run and checkpoints in the output directory.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
 import sys
@@ -23,7 +22,6 @@ from typing import Any
 from pretrain.engine import PipelineTrainer, PlainTrainer, build_trainer, half_precision
 from pretrain.gpt import GptConfig
 from pretrain.launch import (
-    ArgumentParser,
     check_equal_on_all_ranks,
     choose_device,
     device_in_words,
@@ -33,9 +31,10 @@ from pretrain.launch import (
     shut_down,
     start_distributed,
 )
+from pretrain.options import parse_arguments, read_deepspeed_config
 from pretrain.output_dir import check_claim, claimed
 from pretrain.parallel import check_parallel_sizes, elements_here, elements_in_all
-from pretrain.restart import RESUME_CHOICES, drop_saves, load_checkpoint, saves_up_to, write_rows_that_nobody_averages
+from pretrain.restart import drop_saves, load_checkpoint, saves_up_to, write_rows_that_nobody_averages
 from pretrain.run_log import EveryStepHook, Hook, Row, RunLog, megabytes, times_less
 from pretrain.text import (
     BatchShape,
@@ -47,71 +46,7 @@ from pretrain.text import (
     validation_batches,
 )
 
-DEFAULT_STEPS = 300
 SAY_EVERY = 10  # steps
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = ArgumentParser(description=str(__doc__).splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--deepspeed_config", required=True, metavar="JSON", help="DeepSpeed settings, as in configs/ds/")
-    add("--model", required=True, metavar="YAML", help="model size, as in configs/model/")
-    add("--output-dir", required=True, type=Path, metavar="DIR")
-    add(
-        "--data",
-        nargs="+",
-        default=[],
-        metavar="PATH",
-        help="text or jsonl files; default: the embedded corpus",
-    )
-    add("--train-steps", type=int, metavar="N", help="default: the JSON scheduler's total_num_steps")
-    add("--seed", type=int, default=1234)
-    add("--eval-interval", type=int, default=100, metavar="N", help="steps; 0: at the end only")
-    add("--eval-samples", type=int, default=128, metavar="N", help="sequences in an evaluation")
-    add("--save-interval", type=int, default=0, metavar="N", help="steps; 0: at the end only")
-    add("--keep-saves", type=int, default=0, metavar="N", help="delete older ones than the last N; 0: keep all")
-    add(
-        "--resume",
-        nargs="?",
-        const="always",
-        choices=RESUME_CHOICES,
-        help="go on from the latest checkpoint in DIR; auto: if there is one",
-    )
-    add("--tensor-parallel", type=int, default=1, metavar="N", help="ranks that share every matrix")
-    add("--pipeline-parallel", type=int, default=1, metavar="N", help="stages that the layers are divided over")
-    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    args = parser.parse_args()
-    least = {"train_steps": 1, "eval_samples": 1, "eval_interval": 0, "save_interval": 0, "keep_saves": 0}
-    for name, minimum in least.items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least {minimum}")
-    return args
-
-
-def read_deepspeed_config(args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON, TensorBoard pointed at the output directory, its schedule long enough; sets train_steps."""
-    path = Path(args.deepspeed_config)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; see configs/ds/ for the settings that come") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    blocks = ("optimizer", "scheduler", "tensorboard", "bf16", "fp16")
-    if not isinstance(config, dict) or not all(isinstance(config.get(key, {}), dict) for key in blocks):
-        raise ValueError(f"{path}: must be a JSON object, its {', '.join(blocks)} too; see configs/ds/adamw_ddp.json")
-    board = {"enabled": True, "job_name": "tensorboard", **config.get("tensorboard", {})}
-    config["tensorboard"] = {**board, "output_path": str(args.output_dir)}
-    schedule = config.get("scheduler", {}).get("params", {})
-    planned = schedule.get("total_num_steps")
-    if args.train_steps is None:
-        args.train_steps = planned or DEFAULT_STEPS
-    elif planned and args.train_steps > planned:
-        # Past its end a schedule rests at its floor and trains little. A shorter run keeps it: it may go on.
-        say(f"the learning-rate schedule of {planned} steps is stretched to --train-steps {args.train_steps}")
-        schedule["total_num_steps"] = args.train_steps
-    return config
 
 
 @dataclass
@@ -375,7 +310,7 @@ def summarize(job: Job, val_loss: float) -> None:
 
 def main() -> None:
     with one_line_errors("pretrain_gpt.py"):
-        job = set_up(parse_arguments())
+        job = set_up(parse_arguments(str(__doc__).splitlines()[0]))
     train(job)
     finish(job)
     if job.claim is not None:

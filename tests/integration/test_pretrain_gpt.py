@@ -103,9 +103,10 @@ def mistake_of(home: str, argv: list[str]) -> str:
     import pretrain_gpt
 
     from pretrain.launch import one_line
+    from pretrain.options import parse_arguments
 
     try:
-        pretrain_gpt.set_up(pretrain_gpt.parse_arguments())
+        pretrain_gpt.set_up(parse_arguments("pretrain_gpt.py"))
     except ValueError as error:
         return one_line(error)
     return ""
