@@ -106,7 +106,7 @@ class LoRDO(torch.optim.Optimizer):
             self.model_size = model_size(self.held.fragments, inside)
             self.sync = OuterSync(self.config, self.held.fragments, wire, inside, tied)
             self._steps = Steps(self.config, self.held, self.sync.bases, inside)
-            self.sync.start(resuming, came_by="started from")
+            self.sync.start(resuming)
             self.sync.outside.record()
 
     @property

@@ -98,7 +98,7 @@ class OuterSync:
 
     # -- start ---------------------------------------------------------------------------------------
 
-    def start(self, resuming: bool = False, *, came_by: str) -> None:
+    def start(self, resuming: bool = False, came_by: str = "started from") -> None:
         """Make the weights equal to those of replica 0, say so where they were not, and set the anchors. Collective.
 
         Args:
