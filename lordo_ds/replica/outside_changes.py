@@ -16,6 +16,7 @@ from torch import Tensor
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.core.finite import all_finite
 from lordo_ds.errors import ConfigError, SyncError
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.model_copy import ModelCopy
@@ -124,7 +125,9 @@ class OutsideChanges:
         for i in in_model:
             # Where the replicas have moved apart they keep nothing of their own, or the new anchors would differ.
             self._adopt_copy_(i, whole=load and not equal)
-        for i in sorted(sizes) if load else ():
+        # What is not finite nobody loads: the next sync leaves this replica out, and needs the anchor.
+        new = [i for i in sorted(sizes) if load and all_finite([self.items[i].weight])]
+        for i in new:
             state = self.items[i].state
             if "anchor" in state:
                 state["anchor"].copy_(self.items[i].weight)
@@ -137,7 +140,8 @@ class OutsideChanges:
             logger.warning(
                 "LoRDO: the weights of %d parameters, the first %s, were changed outside a step before step %d: %s",
                 len(sizes), self.items[min(sizes)].plan.name, step,
-                "training goes on from them, with a new anchor" if load else "a small change counts as training",
+                "training goes on from them, with a new anchor" if new
+                else "they are not finite" if load else "a small change counts as training",
             )  # fmt: skip
 
     def _adopt_copy_(self, index: int, whole: bool) -> None:

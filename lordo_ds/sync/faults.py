@@ -116,12 +116,14 @@ class Faults:
         finite: Sequence[bool],
         sizes: Sequence[Sequence[float]],
         executed_steps: Sequence[int],
+        loaded: Sequence[bool],
         report: SyncReport,
     ) -> list[bool]:
         """Which replicas are finite and not far from the others; who is far is noted in the report.
 
         Args:
             sizes: of every replica, see `Condition`.
+            loaded: the replicas whose weights somebody changed, and with them their anchors.
         """
         limit = self.config.max_outlier
         if self.judges and limit != "never":
@@ -130,10 +132,11 @@ class Faults:
             self.as_outlier[m] += 1
             logger.warning("LoRDO: replica %d is far from the others at step %d: %s", m, report.step, words)
         # Of these the anchor may be what is wrong.
-        self._rebuilt = bool(report.outliers) or any(
-            math.isfinite(own[_WEIGHT]) and not math.isfinite(own[0]) for own in sizes
-        )
         fit = [ok and m not in report.outliers for m, ok in enumerate(finite)]
+        self._rebuilt = bool(report.outliers) or any(
+            (math.isfinite(own[_WEIGHT]) and not math.isfinite(own[0])) or (loaded[m] and not fit[m])
+            for m, own in enumerate(sizes)
+        )
         for m, own in enumerate(sizes):
             if fit[m]:
                 self._sizes_before[m] = [new or old for new, old in zip(own, self._sizes_before[m], strict=True)]

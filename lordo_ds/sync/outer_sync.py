@@ -226,7 +226,8 @@ class OuterSync:
         if self.wire.steps_alike:
             self.wire.assert_same("recorded rows", torch.tensor([one.rows for one in headers]))
         executed = [one.executed_steps for one in headers]
-        fit = self.faults.fit([one.finite for one in headers], [one.sizes for one in headers], executed, report)
+        finite, sizes = [one.finite for one in headers], [one.sizes for one in headers]
+        fit = self.faults.fit(finite, sizes, executed, [bool(one.loaded) for one in headers], report)
         self.outside.check_header(torch.tensor([(one.loaded, one.load_fault) for one in headers]), fit, step)
         self.group_values.compare(self.wire, headers, fit, step)
         self.equality.require_bases(headers, self.wire, step)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lordo_ds import LoRDO, LordoConfig
 from lordo_ds.core.grouping import plan_parameters
@@ -293,3 +293,42 @@ def test_sizes_are_taken_without_a_copy_of_the_model(monkeypatch: pytest.MonkeyP
     with Largest() as largest:
         sizes = outliers.sizes_of(optimizer.sync.items, with_pseudo_gradient=True)
     assert sizes[:2] == pytest.approx([49.0, 7.0], rel=1e-5) and 0 < largest.numel <= 100
+
+
+# -- a NaN that somebody writes between two steps ----------------------------------------------------
+
+
+def spoilt_between_steps(everywhere: bool, loads_too: bool) -> tuple[dict[str, Tensor], list[int], bool]:
+    """A NaN in one weight before step 5, and perhaps a load of another one; syncs at steps 3, 6 and 9."""
+    logging.getLogger("lordo_ds").setLevel(logging.ERROR)
+    weights = {name: nn.Parameter(torch.full((6, 4), 0.5)) for name in ("hit", "other")}
+    optimizer = LoRDO(weights.items(), lr=1e-2, rank=2, sync_interval=3, preset="recommended")
+    for step in range(1, 10):
+        if step == 5 and (everywhere or dist.get_rank() == 1):
+            with torch.no_grad():
+                weights["hit"][1, 2] = float("nan")
+                if loads_too:
+                    weights["other"].mul_(3.0)
+        for index, weight in enumerate(weights.values()):
+            seed = 100 * step + 10 * index + dist.get_rank()
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+    assert optimizer.sync is not None
+    report = optimizer.sync.last_report
+    return {n: w.detach() for n, w in weights.items()}, list(optimizer.sync.faults.left_out), bool(report)
+
+
+@pytest.mark.parametrize("loads_too", [False, True])
+def test_a_nan_that_is_written_between_two_steps_is_no_load_and_does_not_spoil_the_anchor(loads_too: bool) -> None:
+    """It was taken for loaded weights: the anchor became NaN, and the reseeded replica differed from the others."""
+    found = run_ranks(spoilt_between_steps, 2, False, loads_too)
+    for weights, left_out, _ in found:
+        assert left_out == [0, 1]
+        assert all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+        assert all(torch.equal(weight, found[0][0][name]) for name, weight in weights.items())
+
+
+def test_where_all_replicas_are_given_a_nan_they_go_back_to_an_anchor_without_it() -> None:
+    for weights, left_out, _ in run_ranks(spoilt_between_steps, 2, True, False):
+        assert left_out == [1, 1]
+        assert all(bool(torch.isfinite(weight).all()) for weight in weights.values())
