@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -26,9 +27,10 @@ class Heartbeat(threading.Thread):
     """A thread that publishes this rank's reports and reads those of the others, every `beat_s`.
 
     It alone touches its store: when the server is frozen, a client is blocked beyond any timeout (torch 2.13). Others
-    read its attributes: `peers`; `heard`, a count of exchanges; `error`, why there will be no more of them; `failed`,
-    by a fault of this thread, not of the store; `motion`, which changes when the main thread goes on or a collective
-    begins; `verdict`, why the run ends, as the first rank that found it put it.
+    read its attributes: `peers`; `heard`, a count of exchanges, and `heard_from`, when the last of them began; `error`,
+    why there will be no more of them; `failed`, by a fault of this thread, not of the store; `motion`, which changes
+    when the main thread goes on or a collective begins; `verdict`, why the run ends, as the first rank that found it
+    put it.
 
     Args:
         timeout_s: how long a rank may be silent.
@@ -48,7 +50,7 @@ class Heartbeat(threading.Thread):
         self.motion: object = None
         self.begun = 0
         self.peers = [Peer(rank) for rank in range(world) if rank != self.rank]
-        self.heard = 0
+        self.heard, self.heard_from = 0, -math.inf
         self.error = self.verdict = ""
         self.failed = False
         self.holds_store = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -162,6 +164,7 @@ class Heartbeat(threading.Thread):
                 peer.process = decode_process(self._store.get(f"process/{peer.rank}"))
         if self.verdict or self._store.check(["verdict"]):
             self.verdict = self._store.compare_set("verdict", "", self.verdict).decode()
+        self.heard_from = now
         self.heard += 1
         return now
 

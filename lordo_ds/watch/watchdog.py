@@ -44,6 +44,7 @@ _watching: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: trying again may help
 EXIT_CODE_AGAIN_THE_SAME = 65  # EX_DATAERR: it would end like this again
+_SOON_S = 0.05
 
 
 def watch_ranks(timeout_s: float, owner: object) -> Watchdog | Unwatched:
@@ -78,6 +79,7 @@ class Watchdog(Unwatched):
         self._pid = os.getpid()
         self._before_first_step = True
         self._stall, self._deaf_s = Stall(), 0.0
+        self._suspects_since: float | None = None
         self._stopped, self._ending = threading.Event(), threading.Lock()
         self._judge = threading.Thread(target=self._watch, name="lordo-watchdog", daemon=True)
         # Unlike atexit, this runs in the children of multiprocessing too.
@@ -188,7 +190,7 @@ class Watchdog(Unwatched):
         last, heard = time.monotonic(), -1
         progress: object = None
         motion: object = None
-        while not self._stopped.wait(self._tick_s):
+        while not self._stopped.wait(self._tick_s if self._suspects_since is None else _SOON_S):
             heartbeat = self._heartbeat
             now = time.monotonic()
             # One that was suspended itself must not count that time against the others.
@@ -221,7 +223,14 @@ class Watchdog(Unwatched):
         finding = why_it_ends(
             heartbeat.report, heartbeat.rank, self._stall, heartbeat.peers, heartbeat.process, self._patience
         )
-        return self._verdict(finding) if finding.reason else ""
+        if not finding.reason:
+            self._suspects_since = None
+            return ""
+        # That a process has ended is seen at once, but what it said last is read with the next beat.
+        if self._suspects_since is None:
+            self._suspects_since = time.monotonic()
+            heartbeat.ask()
+        return self._verdict(finding) if heartbeat.heard_from > self._suspects_since else ""
 
     @property
     def _tick_s(self) -> float:
@@ -255,19 +264,19 @@ class Watchdog(Unwatched):
     def _why_it_failed(self, error: RuntimeError) -> Finding:
         """After a failed collective: known at once of ranks on this host, and after some beats of others."""
         heartbeat = self._heartbeat
-        began, seen = time.monotonic(), -1
+        began, found = time.monotonic(), math.inf
         while time.monotonic() - began < 4 * heartbeat.beat_s and not heartbeat.failed:
             finding = why_a_collective_failed(
                 heartbeat.report, heartbeat.peers, heartbeat.process, 2.5 * heartbeat.beat_s
             )
-            if finding.reason and seen >= 0 and heartbeat.heard >= seen + 2:
+            if finding.reason and heartbeat.heard_from > found:
                 return finding
             # A process that has ended may have told why: what it said last has not been read yet.
-            seen = (heartbeat.heard if seen < 0 else seen) if finding.reason else -1
+            found = min(found, time.monotonic()) if finding.reason else math.inf
             if heartbeat.error:
                 return Finding(self._deafness())
             heartbeat.ask()
-            time.sleep(min(0.05, self._tick_s))
+            time.sleep(min(_SOON_S, self._tick_s))
         me, left = heartbeat.report, [peer for peer in heartbeat.peers if peer.left]
         if timed_out(error):
             return who_holds_up(me, self._stall.waited_s, heartbeat.peers, heartbeat.process, self._patience.silent_s)

@@ -114,12 +114,12 @@ class Net(nn.Module):
         return self.second(self.first(x)).square().mean()
 
 
-def _train_engine(fault: Any) -> None:
-    """One replica of all ranks, at ZeRO 3."""
+def _train_engine(fault: Any, timeout_s: float = TIMEOUT_S, stage: int = 3) -> None:
+    """One replica of all ranks."""
     import deepspeed
 
-    params = {"rank": 2, "sync_interval": 4, "replica_size": "all", "sync_timeout_s": TIMEOUT_S}
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    params = {"rank": 2, "sync_interval": 4, "replica_size": "all", "sync_timeout_s": timeout_s}
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     optimizer = {"type": "LoRDO", "params": params}
     config = {"train_micro_batch_size_per_gpu": 1, "optimizer": optimizer, "zero_optimization": zero}
     engine = deepspeed.initialize(model=Net(), config={**config, "steps_per_print": 10**9})[0]
@@ -131,6 +131,7 @@ def _train_engine(fault: Any) -> None:
         if step == FAULT_STEP:
             fault(dist.get_rank(), "save", engine)
             lordo_ds.save_checkpoint(engine, "saved")
+    fault(dist.get_rank(), STEPS + 1, engine)
 
 
 def _stuck_in_the_first_step(rank: int, moment: Any, engine: Any = None) -> None:
@@ -151,6 +152,17 @@ def _stuck_before_the_save(rank: int, moment: Any, engine: Any = None) -> None:
 def _stuck_in_the_save(rank: int, moment: Any, engine: Any = None) -> None:
     if (rank, moment) == (1, "save"):
         engine.checkpoint_engine.save = lambda state_dict, path: time.sleep(LONG_S)
+
+
+def _leave_within_a_beat_on_rank_1(rank: int, moment: Any, engine: Any = None) -> None:
+    """What rank 0 tells of itself, and knows of rank 1, is then as old as its last beat: of a wait for rank 1."""
+    if (rank, moment) == (0, STEPS):
+        heartbeat = next(iter(watchdog._watching))._heartbeat
+        threading.Timer(0.5, heartbeat.ask).start()
+    if (rank, moment) == (1, STEPS):
+        time.sleep(1.0)
+    if (rank, moment) == (0, STEPS + 1):
+        time.sleep(4.0)
 
 
 def _train_pipeline(fault: Any) -> None:
@@ -227,6 +239,7 @@ CASES: dict[str, tuple[int, tuple[Any, ...]]] = {  # ranks, and what they run
     "before a save": (2, (_train_engine, _stuck_before_the_save)),
     "save": (2, (_train_engine, _stuck_in_the_save)),
     "slow disk": (2, (_train_engine, _write_slowly)),
+    "leaves": (2, (_train_engine, _leave_within_a_beat_on_rank_1, 50.0, 1)),
     "pipeline": (2, (_train_pipeline, _stuck_in_the_data)),
 }
 
@@ -330,3 +343,10 @@ def test_a_slow_disk_is_no_fault(ends: list[End]) -> None:
     """Four times the timeout in one save, and more than it may stand still."""
     assert [end.exit_code for end in ends] == [0, 0], ends
     assert not any("Last completed sync" in end.output for end in ends), ends
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("ends", ["leaves"], indirect=True)
+def test_a_rank_that_is_done_first_is_not_called_killed_before_its_last_word_is_read(ends: list[End]) -> None:
+    assert [end.exit_code for end in ends] == [0, 0], ends
+    assert ends[0].seconds > 4.0
