@@ -41,9 +41,11 @@ def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> st
         prefix: what to put before a key.
     """
     complaint = error.errors(include_url=False)[0]
-    path = [part for part in complaint["loc"] if not _is_branch(part)]
-    key = ".".join(str(part).encode("unicode_escape").decode() for part in path)
     kind, context, value = complaint["type"], complaint.get("ctx", {}), complaint["input"]
+    loc = complaint["loc"]
+    keys = {0, len(loc) - 1 if kind == "extra_forbidden" else 0}  # the user's, however they are called
+    path = [part for at, part in enumerate(loc) if at in keys or not _is_branch(part)]
+    key = ".".join(str(part).encode("unicode_escape").decode() for part in path)
     where = f"LoRDO: {prefix}{key}"
     if kind == "extra_forbidden":
         block: Any = config

@@ -190,6 +190,8 @@ def test_the_nearest_legal_value_is_the_one_that_was_probably_meant(params: dict
         ({"low_rank": {"excludes": []}}, "low_rank.excludes", "exclude"),
         ({"anchor": {"devise": "cpu"}}, "anchor.devise", "device"),
         ({"streaming": {"fragment": 1}}, "streaming.fragment", "fragments"),
+        ({"int": 3}, "int", "sync_interval"),  # the name of a type, too, may be a user's key
+        ({"outer": {"tuple": 3}}, "outer.tuple", "orthogonalize"),
     ],
     ids=ids,
 )
