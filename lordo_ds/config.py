@@ -30,6 +30,7 @@ from lordo_ds.config_errors import one_line
 from lordo_ds.errors import ConfigError
 
 JSON_PATH = "optimizer.params."  # of our keys in a DeepSpeed configuration
+LARGEST_BLOCK = 4096  # of a sparse wire format: a position takes 12 bits
 
 
 class _Block(BaseModel):
@@ -85,6 +86,31 @@ class AnchorPlacement(_Block):
     dtype: Literal["fp32", "bf16"] = "fp32"
 
 
+class TopK(_Block):
+    """A sparse wire format: of each block of elements, the `top_k` largest travel."""
+
+    top_k: StrictInt
+    block: StrictInt = LARGEST_BLOCK
+
+    @model_validator(mode="before")
+    @classmethod
+    def _at_most_a_block(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        top_k, block = given.get("top_k"), given.get("block", LARGEST_BLOCK)
+        if not (type(top_k) is type(block) is int and 1 <= top_k <= block <= LARGEST_BLOCK):
+            block = _nearest_count(block, LARGEST_BLOCK, otherwise=LARGEST_BLOCK)
+            nearest = {"top_k": _nearest_count(top_k, block, otherwise=min(64, block)), "block": block}
+            raise ValueError(
+                f'{{"top_k": k, "block": b}} with whole numbers 1 <= k <= b <= {LARGEST_BLOCK} '
+                f"(nearest: {json.dumps(nearest)})"
+            )
+        return given
+
+
+WireFormat = Literal["fp32", "bf16", "int8", "int4"] | TopK
+
+
 class Streaming(_Block):
     """Fragments and delay of an overlapped sync (not available yet: only the defaults are legal)."""
 
@@ -131,7 +157,7 @@ class LordoConfig(_Block):
     average_dense_moments: StrictBool = False
     low_rank: LowRankSelection = LowRankSelection()
     outer: OuterOptimizer = OuterOptimizer()
-    pseudo_gradient_dtype: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    pseudo_gradient_dtype: WireFormat = "fp32"
     anchor: AnchorPlacement = AnchorPlacement()
     streaming: Streaming = Streaming()
     sync_warmup_steps: Annotated[StrictInt, Field(ge=0)] = 0
@@ -210,11 +236,6 @@ class LordoConfig(_Block):
                 f"outer.residual_gain = {self.outer.residual_gain:g} needs one basis for all replicas, and with "
                 'projection = "local" each has its own: use projection "global" or leave it out (nearest: 1.0)'
             )
-        if self.pseudo_gradient_dtype in ("int8", "int4"):
-            raise ValueError(
-                f'pseudo_gradient_dtype = "{self.pseudo_gradient_dtype}" is not available in this version: '
-                'use "fp32" or "bf16" (nearest: "bf16")'
-            )
         if self.streaming != Streaming():
             raise ValueError(
                 'streaming is not available in this version: use {"fragments": 1, "delay_steps": 0} or leave it out'
@@ -263,6 +284,13 @@ def _with_preset(params: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
     return merged
+
+
+def _nearest_count(value: Any, most: int, otherwise: int) -> int:
+    """The whole number from 1 to `most` that is nearest to a value."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return otherwise
+    return round(max(1, min(value, most)))
 
 
 def _is_fraction(text: str) -> bool:

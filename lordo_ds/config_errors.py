@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -19,6 +19,10 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "moment_sync_interval": ('must be a multiple of sync_interval, a pair of them, or "never"', ('"never"',)),
     "betas": ("must be two numbers, each >= 0 and < 1", ("[0.9, 0.999]",)),
     "error_feedback": ('must be false, "bf16" or "fp32"', ('"bf16"', '"fp32"', "false")),
+    "pseudo_gradient_dtype": (
+        'must be "fp32", "bf16", "int8", "int4" or {"top_k": k, "block": b}',
+        ('"bf16"', '"int8"', '"int4"', '"fp32"'),
+    ),
     "low_rank.include": ("must be a list of regular expressions", ('[".*"]',)),
     "low_rank.exclude": ("must be a list of regular expressions", ('[".*"]',)),
 }
@@ -30,7 +34,7 @@ _ALIASES = {
     "K": "sync_interval",
     "sync_every": "sync_interval",
 }
-_BRANCHES = {"int", "str", "float", "constrained-int", "constrained-float", "constrained-str", "tuple"}
+_BRANCHES = {"int", "str", "float", "constrained-int", "constrained-float", "constrained-str", "tuple", "TopK"}
 
 
 def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> str:
@@ -40,7 +44,7 @@ def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> st
         config: the model that refused.
         prefix: what to put before a key.
     """
-    complaint = error.errors(include_url=False)[0]
+    complaint = _most_telling(error.errors(include_url=False))
     kind, context, value = complaint["type"], complaint.get("ctx", {}), complaint["input"]
     loc = complaint["loc"]
     keys = {0, len(loc) - 1 if kind == "extra_forbidden" else 0}  # the user's, however they are called
@@ -48,9 +52,9 @@ def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> st
     key = ".".join(str(part).encode("unicode_escape").decode() for part in path)
     where = f"LoRDO: {prefix}{key}"
     if kind == "extra_forbidden":
-        block: Any = config
+        block = config
         for part in path[:-1]:
-            block = config.model_fields[str(part)].annotation
+            block = _block(config.model_fields[str(part)].annotation)
         nearest = _ALIASES.get(str(path[-1])) or _nearest_name(str(path[-1]), list(block.model_fields))
         return f'{where} = {value!r} is not a known key: did you mean "{nearest}"?'
     if kind == "value_error" and key != "error_feedback":
@@ -66,6 +70,20 @@ def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> st
         rule, nearest = _rule(kind, context, value, complaint["msg"])
         nearest = nearest or _default(config, path)
     return f"{where} = {value!r} {rule} (nearest: {nearest})"
+
+
+def _most_telling(complaints: list[Any]) -> Any:
+    """The first complaint; where it says that an object is no name, what the block that it may be says of it."""
+    first = complaints[0]
+    if first["type"] != "literal_error" or not isinstance(first["input"], dict):
+        return first
+    return next((other for other in complaints[1:] if other["loc"][0] == first["loc"][0]), first)
+
+
+def _block(annotation: Any) -> type[BaseModel]:
+    """The block that a key holds, or may hold beside plain values."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next(kind for kind in kinds if issubclass(kind, BaseModel))
 
 
 def _nearest_name(name: str, legal: list[str]) -> str:

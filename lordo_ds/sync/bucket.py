@@ -17,6 +17,7 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.outer import pseudo_gradient
 from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.errors import ConfigError
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.republish import republish_
@@ -56,6 +57,9 @@ class BucketSync:
     """Collective across replicas, and inside them over the ranks that hold parts of the bucket's matrices."""
 
     def __init__(self, config: LordoConfig, bases: Bases, inside: InsideReplica) -> None:
+        if config.pseudo_gradient_dtype not in ("fp32", "bf16"):
+            key, value = config.key("pseudo_gradient_dtype"), config.pseudo_gradient_dtype
+            raise ConfigError(f'LoRDO: {key} = {value!r} is not available in this version: use "fp32" or "bf16"')
         self.config, self.bases, self.inside = config, bases, inside
         self.outer_step = OuterStep(config, inside)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from lordo_ds.config import PRESETS, LordoConfig, OuterOptimizer
+from lordo_ds.config import PRESETS, LordoConfig, OuterOptimizer, TopK
 from lordo_ds.errors import ConfigError
 
 NAN, INF = float("nan"), float("inf")
@@ -85,8 +85,19 @@ ILLEGAL: list[tuple[dict[str, Any], str, Any]] = [
     ({"outer": {"momentum": NAN}}, "outer.momentum", NAN),
     ({"outer": {"nesterov": "y"}}, "outer.nesterov", "y"),
     ({"pseudo_gradient_dtype": "fp16"}, "pseudo_gradient_dtype", "fp16"),
-    ({"pseudo_gradient_dtype": "int8"}, "pseudo_gradient_dtype", "int8"),
-    ({"pseudo_gradient_dtype": "int4"}, "pseudo_gradient_dtype", "int4"),
+    ({"pseudo_gradient_dtype": None}, "pseudo_gradient_dtype", None),
+    ({"pseudo_gradient_dtype": 8}, "pseudo_gradient_dtype", 8),
+    ({"pseudo_gradient_dtype": ["int8"]}, "pseudo_gradient_dtype", ["int8"]),
+    ({"pseudo_gradient_dtype": {}}, "pseudo_gradient_dtype", {}),
+    ({"pseudo_gradient_dtype": {"block": 64}}, "pseudo_gradient_dtype", {"block": 64}),
+    ({"pseudo_gradient_dtype": {"top_k": 0}}, "pseudo_gradient_dtype", {"top_k": 0}),
+    ({"pseudo_gradient_dtype": {"top_k": 2.5}}, "pseudo_gradient_dtype", {"top_k": 2.5}),
+    ({"pseudo_gradient_dtype": {"top_k": True}}, "pseudo_gradient_dtype", {"top_k": True}),
+    ({"pseudo_gradient_dtype": {"top_k": "64"}}, "pseudo_gradient_dtype", {"top_k": "64"}),
+    ({"pseudo_gradient_dtype": {"top_k": NAN}}, "pseudo_gradient_dtype", {"top_k": NAN}),
+    ({"pseudo_gradient_dtype": {"top_k": 9, "block": 8}}, "pseudo_gradient_dtype", {"top_k": 9, "block": 8}),
+    ({"pseudo_gradient_dtype": {"top_k": 9, "block": 0}}, "pseudo_gradient_dtype", {"top_k": 9, "block": 0}),
+    ({"pseudo_gradient_dtype": {"top_k": 9, "block": 4097}}, "pseudo_gradient_dtype", {"top_k": 9, "block": 4097}),
     ({"anchor": "cpu"}, "anchor", "cpu"),
     ({"anchor": {"device": "gpu"}}, "anchor.device", "gpu"),
     ({"anchor": {"dtype": "fp16"}}, "anchor.dtype", "fp16"),
@@ -171,7 +182,9 @@ def test_an_illegal_value_is_answered_in_one_line_with_key_value_rule_and_a_near
         ({"error_feedback": True}, '"fp32"'),
         ({"error_feedback": "bf61"}, '"bf16"'),
         ({"replica_size": "nodes"}, '"node"'),
-        ({"pseudo_gradient_dtype": "int8"}, '"bf16"'),
+        ({"pseudo_gradient_dtype": "itn4"}, '"int4"'),
+        ({"pseudo_gradient_dtype": {"block": 32}}, '{"top_k": 32, "block": 32}'),
+        ({"pseudo_gradient_dtype": {"top_k": 9, "block": 8.2}}, '{"top_k": 8, "block": 8}'),
     ],
     ids=ids,
 )
@@ -190,6 +203,7 @@ def test_the_nearest_legal_value_is_the_one_that_was_probably_meant(params: dict
         ({"low_rank": {"excludes": []}}, "low_rank.excludes", "exclude"),
         ({"anchor": {"devise": "cpu"}}, "anchor.devise", "device"),
         ({"streaming": {"fragment": 1}}, "streaming.fragment", "fragments"),
+        ({"pseudo_gradient_dtype": {"top_k": 8, "blok": 64}}, "pseudo_gradient_dtype.blok", "block"),
         ({"int": 3}, "int", "sync_interval"),  # the name of a type, too, may be a user's key
         ({"outer": {"tuple": 3}}, "outer.tuple", "orthogonalize"),
     ],
@@ -209,7 +223,6 @@ def test_an_unknown_key_is_answered_in_one_line_with_the_key_that_was_meant(
 def test_what_is_not_available_yet_is_refused_by_name() -> None:
     assert "streaming is not available" in complaint({"streaming": {"fragments": 2}})
     assert "streaming is not available" in complaint({"streaming": {"delay_steps": 1}})
-    assert 'pseudo_gradient_dtype = "int8" is not available' in complaint({"pseudo_gradient_dtype": "int8"})
     LordoConfig.parse({"streaming": {"fragments": 1, "delay_steps": 0}})
 
 
@@ -292,6 +305,17 @@ def test_a_replica_is_a_number_of_ranks_or_a_node_or_all(value: int | str) -> No
     assert LordoConfig.parse({"replica_size": value}).replica_size == value
 
 
+@pytest.mark.parametrize("value", ["fp32", "bf16", "int8", "int4"])
+def test_a_wire_format_is_a_dtype(value: str) -> None:
+    assert LordoConfig.parse({"pseudo_gradient_dtype": value}).pseudo_gradient_dtype == value
+
+
+def test_a_wire_format_is_some_of_each_block() -> None:
+    for given, expected in (({"top_k": 64}, (64, 4096)), ({"top_k": 1, "block": 1}, (1, 1))):
+        chosen = LordoConfig.parse({"pseudo_gradient_dtype": given}).pseudo_gradient_dtype
+        assert chosen == TopK(top_k=expected[0], block=expected[1])
+
+
 @pytest.mark.parametrize("value", [False, "bf16", "fp32"])
 def test_error_feedback_is_off_or_a_precision(value: Any) -> None:
     assert LordoConfig.parse({"error_feedback": value}).error_feedback == value
@@ -320,6 +344,7 @@ def test_plain_averaging_is_an_outer_step_of_one_without_momentum(outer: dict[st
         {"preset": "recommended"},
         {"moment_sync_interval": [32, 64], "rank": "1/8", "error_feedback": "bf16"},
         {"low_rank": {"include": ["a"], "exclude": ["b"]}, "anchor": {"device": "cpu", "dtype": "bf16"}},
+        {"pseudo_gradient_dtype": {"top_k": 8, "block": 64}},
     ],
     ids=ids,
 )

@@ -23,6 +23,7 @@ ODD_VALUES: tuple[Any, ...] = (
     *("", "1/8", "1/0", "0/1", "-1/2", "node", "all", "auto", "never", "fp32", "bf16", "int8", "paper", "x" * 500),
     *([], [0.9], [0.9, 0.99], ["a"], [[1]], {}, {"a": 1}, {"lr": 0.7}, {"include": ["("]}, {"exclude": [".*"]}),
     *("1e-3", "\n", "\u2028", "ranк", {"device": "cpu", "dtype": "fp64"}, {"fragments": 2, "delay_steps": 1}),
+    *("int4", {"top_k": 8}, {"top_k": 8, "block": 4}),
 )
 
 
