@@ -14,11 +14,13 @@ from math import prod
 
 from lordo_ds.comm.ledger import data_parallel_bytes, gather_bytes, reduction_bytes
 from lordo_ds.config import LordoConfig
+from lordo_ds.core.codec import Codec, codec_of
 from lordo_ds.core.fragments import Interval, MatrixShards
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.outer import ITERATIONS
+from lordo_ds.core.ownership import numel_of, shared_out
 from lordo_ds.core.schedule import SyncPlan
-from lordo_ds.core.state import KEPT, MOMENTS, Axis, Kept
+from lordo_ds.core.state import KEPT, MOMENTS, WIRE_ERRORS, Axis, Kept
 
 _FIELD_BYTES = 8  # of a number in a header, and of a recorded row's
 _WIDTHS = {"bf16": 2, "fp32": 4}
@@ -27,14 +29,31 @@ _MOMENT_NAMES = frozenset(kept.name for kept in MOMENTS)
 
 @dataclass(frozen=True)
 class Links:
-    """How many replicas there are, and how many ranks of one divide what crosses between them (at ZeRO 0 all)."""
+    """How many replicas there are, and how many ranks of one divide what crosses between them (at ZeRO 0 all).
+
+    `replica` and `twin` are this rank's: with messages of its own length for every owner, they matter by some bytes.
+    """
 
     replicas: int
     twins: int = 1
+    replica: int = 0
+    twin: int = 0
 
     def sum_bytes(self, numel: int, width: int) -> int:
         """Of a sum over replicas of `numel` elements of `width` bytes."""
         return reduction_bytes(-(-numel // self.twins) * width, self.replicas)
+
+    def mean_bytes(self, numels: Sequence[int], codec: Codec, width: int) -> int:
+        """Of a mean over replicas in two legs, see `lordo_ds.sync.two_legs`."""
+        owned = shared_out(numels, self.replicas, codec.block)
+        lengths = [self._part(codec.message_bytes(numel_of(segments), width)) for segments in owned]
+        others = [length for m, length in enumerate(lengths) if m != self.replica]
+        return sum(others) + len(others) * lengths[self.replica]
+
+    def _part(self, length: int) -> int:
+        """Of a message, what this one of the twins sends."""
+        share = -(-length // self.twins)
+        return max(0, min(share, length - self.twin * share))
 
     def fields_bytes(self, fields: int) -> int:
         """Of telling the others that many numbers."""
@@ -45,7 +64,8 @@ class Links:
 class Holding:
     """One parameter on one rank. `width` is that of an element as it is stepped, 8 bytes in fp64.
 
-    `intervals` are the elements [start, stop) of it that every shard of the replica holds; `shard` is this rank.
+    `intervals` are the elements [start, stop) of it that every shard of the replica holds; `shard` is this rank, and
+    `owned` says which of its elements the replica owns, counted from the first that it holds.
     """
 
     plan: ParameterPlan
@@ -53,6 +73,7 @@ class Holding:
     shard: int = 0
     width: int = 4
     has_basis: bool = True
+    owned: Interval = (0, 0)
 
     @property
     def numel(self) -> int:
@@ -69,6 +90,8 @@ class Holding:
         """How much of an axis of the state the rank keeps."""
         if axis == "e":
             return self.numel
+        if axis == "o":
+            return self.owned[1] - self.owned[0]
         if axis == "r":
             return self.plan.rank
         if axis == "l":
@@ -79,7 +102,7 @@ class Holding:
 
     def elements(self, kept: Kept) -> int:
         """Of one tensor of the state."""
-        return prod(map(self.length, kept.axes)) if self.plan.low_rank else self.numel
+        return prod(map(self.length, kept.axes if self.plan.low_rank or "o" in kept.axes else ("e",)))
 
     def bytes_of(self, config: LordoConfig, kept: Kept) -> int:
         """Of one tensor of the state: what is an average or a basis is as wide as the weight."""
@@ -87,7 +110,7 @@ class Holding:
         if width < 8:
             if kept.name == "error":
                 width = _WIDTHS[config.error_feedback or "fp32"]
-            elif kept.name in ("anchor", "outer_momentum"):
+            elif kept.name in ("anchor", "outer_momentum", *WIRE_ERRORS):
                 width = _WIDTHS[config.anchor.dtype] if kept.name == "anchor" else 4
         return self.elements(kept) * width
 
@@ -111,6 +134,7 @@ def is_kept(config: LordoConfig, kept: Kept, low_rank: bool, replicas: int) -> b
         "error": bool(config.error_feedback),
         "anchor": needs_anchor(config, low_rank, alone=replicas == 1),
         "outer_momentum": not config.outer.is_plain_average,
+        **dict.fromkeys(WIRE_ERRORS, replicas > 1 and codec_of(config.pseudo_gradient_dtype).lossy),
     }
     return wanted.get(kept.name, True)
 
@@ -121,7 +145,7 @@ def kind_of_state(name: str, low_rank: bool) -> str:
 
 
 def state_bytes(config: LordoConfig, holdings: Iterable[Holding], replicas: int) -> dict[str, int]:
-    """Bytes of optimizer state on a rank by kind; `anchor` and `outer_momentum` lie on the host of an accelerator."""
+    """Bytes of optimizer state on a rank by kind; what has one value per element lies on the host of an accelerator."""
     kinds: Counter[str] = Counter()
     for holding in holdings:
         low_rank = holding.plan.low_rank
@@ -170,14 +194,17 @@ def sync_bytes(
     """
     if links.replicas == 1:
         return 0
-    parameters = sum(map(len, buckets))
+    parameters, codec = sum(map(len, buckets)), codec_of(config.pseudo_gradient_dtype)
     sent = links.fields_bytes(header_fields + parameters) + links.fields_bytes(trailer_fields)
     sent += links.sum_bytes(row_numbers, _FIELD_BYTES)
     gradients = plan.refresh_basis and config.basis_source == "gradient" and config.projection == "global"
     for bucket in buckets:
         width = bucket[0].width
-        on_the_wire = 2 if config.pseudo_gradient_dtype == "bf16" else width
-        sent += links.sum_bytes(sum(one.numel for one in bucket), on_the_wire)
+        numels = [one.numel for one in bucket]
+        if codec.lossy:
+            sent += links.mean_bytes(numels, codec, width)
+        else:
+            sent += links.sum_bytes(sum(numels), width)
         for beta in (0, 1):
             if plan.averages(beta):
                 sent += links.sum_bytes(_moment_elements(config, bucket, beta), width)

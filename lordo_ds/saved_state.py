@@ -23,6 +23,7 @@ from lordo_ds.comm.groups import of_all_ranks
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.grouping import ParameterFacts
+from lordo_ds.core.state import WIRE_ERRORS
 from lordo_ds.errors import CheckpointError
 from lordo_ds.replica.allocate import Held
 from lordo_ds.replica.fragment import Fragment
@@ -114,7 +115,14 @@ def _layout_of(fragment: Fragment, fact: ParameterFacts, tensor: int) -> Fragmen
         tensor=tensor,
         offset=fragment.offset,
         copied=fragment.tied_copy,
+        owned=_owned(fragment),
     )
+
+
+def _owned(fragment: Fragment) -> tuple[int, int]:
+    """In elements of the slice; (0, 0) for none."""
+    first, (start, stop) = fragment.intervals[fragment.comm.index][0], fragment.owned
+    return (first + start, first + stop) if stop > start else (0, 0)
 
 
 # -- whether a saved state fits ----------------------------------------------------------------------
@@ -180,12 +188,14 @@ def _check_entries(fragment: Fragment, saved: Any) -> None:
     name = fragment.plan.name
     if not isinstance(saved, dict):
         raise CheckpointError(f"LoRDO: the saved state of {name} is a {type(saved).__name__}: it is damaged")
-    for key in sorted(fragment.state.keys() ^ saved.keys()):
+    for key in sorted((fragment.state.keys() ^ saved.keys()) - set(WIRE_ERRORS)):
         where = "no" if key in fragment.state else "a surplus"
         raise CheckpointError(
             f"LoRDO: the saved state of {name} has {where} {key!r}: was it saved with other settings?"
         )
     for key, current in fragment.state.items():
+        if key in WIRE_ERRORS and not _same_wire(current, saved.get(key)):
+            continue
         value = saved[key]
         if isinstance(current, Tensor):
             wanted = f"{tuple(current.shape)} {current.dtype}"
@@ -194,6 +204,11 @@ def _check_entries(fragment: Fragment, saved: Any) -> None:
             wanted, found = type(current).__name__, type(value).__name__
         if found != wanted:
             raise CheckpointError(f"LoRDO: {key!r} of {name} is {found} in the saved state and {wanted} here")
+
+
+def _same_wire(current: Tensor, saved: Any) -> bool:
+    """Whether saved errors are of a wire like this run's; another one starts with none."""
+    return isinstance(saved, Tensor) and saved.shape == current.shape
 
 
 def _check_finite(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> None:
@@ -239,7 +254,9 @@ def load(run: Run, state_dict: Mapping[str, Any]) -> None:
 
 def _fill_fragment(fragment: Fragment, saved: Mapping[str, Any]) -> None:
     for key, current in fragment.state.items():
-        if isinstance(current, Tensor):
+        if key in WIRE_ERRORS and not _same_wire(current, saved.get(key)):
+            current.zero_()
+        elif isinstance(current, Tensor):
             current.copy_(saved[key])
         else:
             fragment.state[key] = saved[key]

@@ -19,16 +19,17 @@ average. A sync that fails because a replica went away is undone, and done again
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, BroadcastOptions
+from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, BroadcastOptions
 
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.core.state import WIRE_ERRORS
 from lordo_ds.errors import SyncError
 from lordo_ds.handle import hook
 from lordo_ds.optimizer import LoRDO
@@ -90,6 +91,11 @@ class QuorumWire(ReplicaWire):
         rows = [torch.empty_like(row) for _ in range(self.size)]
         self._quorum.allgather([rows], [row], AllgatherOptions()).wait()
         return torch.stack(rows)
+
+    def _all_to_all(self, outgoing: Tensor, leaving: Sequence[int], arriving: Sequence[int]) -> Tensor:
+        incoming = outgoing.new_empty(sum(arriving))
+        self._quorum.alltoall_base(incoming, outgoing, list(arriving), list(leaving), AllToAllOptions()).wait()
+        return incoming
 
 
 class Membership(Members):
@@ -169,6 +175,7 @@ class Membership(Members):
             return False
         logger.warning("LoRDO: %d replicas from step %d on", self.wire.replicas, self.optimizer.attempted_steps)
         self._sync.faults.count_anew()  # replicas are numbered anew
+        self._sync.share_out()
         return True
 
     @property
@@ -190,19 +197,21 @@ class Membership(Members):
 
     def _heal(self, state: dict[str, Any]) -> None:
         require_like(state.get("start"), self._start)
-        self._load(state)
+        self._load(state, besides=WIRE_ERRORS)  # which are of that replica, and of what it owns
         self._healed = True
         self.optimizer.forget_attempt()  # gradients of weights that are no more, rows of steps that it has not made
         logger.warning("LoRDO: took over the state of a live replica at step %d", self.optimizer.attempted_steps)
 
     @torch.no_grad()
-    def _load(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any], besides: Sequence[str] = ()) -> None:
         optimizer, sync = self.optimizer, self._sync
         for item in sync.items:
             saved = state["items"][item.plan.name]
             item.weight.copy_(saved["weight"])
             for key, value in saved.items():
-                if isinstance(value, Tensor) and key != "weight":
+                if key in besides:
+                    item.state[key].zero_()
+                elif isinstance(value, Tensor) and key != "weight":
                     item.state[key].copy_(value)
                 elif key != "weight":
                     item.state[key] = value

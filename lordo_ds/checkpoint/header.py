@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from lordo_ds.config import JSON_PATH
 from lordo_ds.errors import CheckpointError
 
-STATE_FORMAT = 2
+STATE_FORMAT, OLDEST_STATE_FORMAT = 3, 2
 
 # Settings that say what the saved tensors mean; the others may change between saving and loading.
 MEANING = ("qh_mode", "error_feedback", "projection")
@@ -98,6 +98,7 @@ class FragmentLayout(_Plain):
 
     `shape` is that of the tensor-parallel slice, `interval` the elements [start, stop) of it that this shard holds,
     from `offset` on in tensor number `tensor` of the optimizer's parameter groups. `copied`: another stage's counts.
+    `owned` are the elements of the slice that the replica owned, of those that this shard holds.
     """
 
     name: str
@@ -112,6 +113,7 @@ class FragmentLayout(_Plain):
     tensor: NonNegativeInt
     offset: NonNegativeInt
     copied: bool = False
+    owned: tuple[NonNegativeInt, NonNegativeInt] = (0, 0)
 
     @property
     def numel(self) -> int:
@@ -188,7 +190,7 @@ class Header(_Plain):
         found = state.get("lordo") if isinstance(state, Mapping) else None
         if not isinstance(found, dict):
             raise CheckpointError(f"LoRDO: {where} was not saved by LoRDO: start without it, or load the weights only")
-        check_format(found.get("format"), STATE_FORMAT, where)
+        check_format(found.get("format"), STATE_FORMAT, where, OLDEST_STATE_FORMAT)
         try:
             return cls.model_validate(found)
         except ValidationError as error:
@@ -201,13 +203,17 @@ def first_fault(error: ValidationError) -> str:
     return f"{'.'.join(str(part)[:80] for part in first['loc'])[:200]}: {first['msg'][:200]}"
 
 
-def check_format(found: Any, known: int, where: str) -> None:
+def check_format(found: Any, known: int, where: str, oldest: int | None = None) -> None:
     """Refuse what another version wrote.
+
+    Args:
+        known: the format that this version writes.
+        oldest: that it still reads; default: that one only.
 
     Raises:
         CheckpointError: naming the format and what reads it.
     """
-    if found == known and type(found) is int:
+    if type(found) is int and (oldest or known) <= found <= known:
         return
     if found is not None and (type(found) is not int or abs(found) > LARGEST):
         raise CheckpointError(f"LoRDO: {where} is damaged: its format is no number that a version has")
@@ -253,7 +259,7 @@ def differences(saved: Header, here: Header, path: str = JSON_PATH) -> Iterator[
     for theirs, ours in zip(saved.fragments, here.fragments, strict=False):
         yield from _difference("name of a parameter", theirs.name, ours.name)
         for field in FragmentLayout.model_fields:
-            if field != "name":
+            if field not in ("name", "owned"):  # what a replica owns follows from the settings of the wire
                 words = _FRAGMENT_WORDS.get(field, field)
                 yield from _difference(f"{words} of {ours.name}", getattr(theirs, field), getattr(ours, field))
 

@@ -38,7 +38,7 @@ from lordo_ds.core.state import KEPT
 from lordo_ds.disk import write_text
 from lordo_ds.errors import CheckpointError
 
-PORTABLE_FORMAT = 1
+PORTABLE_FORMAT, OLDEST_PORTABLE_FORMAT = 2, 1
 MANIFEST = "manifest.json"
 _SHARED = "shared.safetensors"
 _ENGINE = "engine.pt"
@@ -89,7 +89,7 @@ class PortableRun(SavedRun):
         self.path = Path(path)
         read_complete(self.path)
         found = read_json(self.path / MANIFEST)
-        check_format(found.get("format"), PORTABLE_FORMAT, str(self.path / MANIFEST))
+        check_format(found.get("format"), PORTABLE_FORMAT, str(self.path / MANIFEST), OLDEST_PORTABLE_FORMAT)
         try:
             self._manifest = _Manifest.model_validate(found)
         except ValidationError as error:
@@ -135,7 +135,7 @@ class PortableRun(SavedRun):
         numel = torch.Size(one.shape).numel()
         layout = FragmentLayout(
             name=name, shape=one.shape, partition_dim=None, partitions=1, partition_stride=1, low_rank=one.low_rank,
-            side=one.side, rank=one.rank, interval=(0, numel), tensor=0, offset=0,
+            side=one.side, rank=one.rank, interval=(0, numel), tensor=0, offset=0, owned=(0, numel),
         )  # fmt: skip
         weight = state.pop("weight", None)
         if not isinstance(weight, Tensor) or weight.shape != one.shape:

@@ -6,6 +6,7 @@ all of the movement since then. With the same count every replica goes on from i
 
 What each replica keeps for itself (moments that are not averaged, error feedback) is taken from one old replica when
 there are more than before, new replica m from old m mod M; with fewer, each takes the mean over old m, m + M', ...
+What the owners of a lossy wire kept is of all replicas: replica 0 is given the sum, and who loads it takes his part.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ class ReshapedRun(SavedRun):
                 first["weight"] = _mean(
                     [weights[m] if m in weights else self.run.state(name, m)["weight"] for m in self._finite]
                 )
+        if "owner_error" in first:
+            kept = [self.run.state(name, m)["owner_error"] for m in range(self.run.replicas if replica == 0 else 0)]
+            first = {**first, "owner_error": sum(kept, torch.zeros_like(first["owner_error"]))}
         return with_rank(first, self.parameters[name])
 
     def check_state(self, name: str, replica: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ class Comm:
     """One group of ranks. Alone in it (of one rank, or None), every operation is the identity and sends nothing.
 
     `kind` names in the ledger what was sent for. With NCCL, tensors that live on the host (offloaded optimizer
-    state) travel through the device. What carries the bytes are `_all_reduce`, `_broadcast` and `_all_gather`: a
-    subclass whose ranks meet otherwise replaces these three.
+    state) travel through the device. What carries the bytes are `_all_reduce`, `_broadcast`, `_all_gather` and
+    `_all_to_all`: a subclass whose ranks meet otherwise replaces these four.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -71,6 +71,12 @@ class Comm:
         rows = row.new_empty(self.size, row.numel())
         dist.all_gather_into_tensor(rows.view(-1), row, group=self.group)
         return rows
+
+    def _all_to_all(self, outgoing: Tensor, leaving: Sequence[int], arriving: Sequence[int]) -> Tensor:
+        """The first `leaving[0]` elements to rank 0, and so on; what all sent here, `arriving[0]` first from rank 0."""
+        incoming = outgoing.new_empty(sum(arriving))
+        dist.all_to_all_single(incoming, outgoing, list(arriving), list(leaving), group=self.group)
+        return incoming
 
     def _device(self, tensor: Tensor) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self._staged else tensor.device

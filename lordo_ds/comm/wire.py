@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -36,6 +37,43 @@ class ReplicaWire(Comm):
         """Copy the tensor of replica `source` to all, in place. The twins, which hold the same, call it together."""
         broadcast_ = super().broadcast_
         return self._divided(tensor, kind, lambda part: broadcast_(part, kind, source))
+
+    def swap(self, leaving: Sequence[Tensor], arriving: Sequence[int], kind: str) -> list[Tensor]:
+        """`leaving[m]` to replica m; what each replica sent here, `arriving[m]` bytes from replica m.
+
+        The twins, which hold the same, call it together: each sends its part of every message, and they tell one
+        another what came.
+
+        Args:
+            leaving: uint8, (n,) each.
+        """
+        parts = [self._part_of(message) for message in leaving]
+        lengths = [self._length_of_part(length) for length in arriving]
+        outgoing = torch.cat(parts)
+        incoming = self._all_to_all(outgoing.to(self._device(outgoing)), [len(part) for part in parts], lengths)
+        self.ledger.add(kind, len(outgoing) - len(parts[self.index]))
+        if self.twins.size == 1:
+            return list(incoming.split(lengths))
+        # (twins, shares of all messages), each as long as the longest of its twins
+        shares = [self._share(length) for length in arriving]
+        own = incoming.new_zeros(sum(shares))
+        for part, room in zip(incoming.split(lengths), own.split(shares), strict=True):
+            room[: len(part)] = part
+        columns = self.twins.gather(own, kind).split(shares, dim=1)
+        return [column.reshape(-1)[:length] for column, length in zip(columns, arriving, strict=True)]
+
+    def spread(self, message: Tensor, arriving: Sequence[int], kind: str) -> list[Tensor]:
+        """This replica's message (n,) to all; everybody's, `arriving[m]` bytes from replica m. See `swap`."""
+        return self.swap([message] * self.size, arriving, kind)
+
+    def _part_of(self, message: Tensor) -> Tensor:
+        """The part that this one of the twins sends."""
+        share = self._share(len(message))
+        return message[self.twins.index * share :][:share]
+
+    def _length_of_part(self, length: int) -> int:
+        share = self._share(length)
+        return max(0, min(share, length - self.twins.index * share))
 
     def _divided(self, tensor: Tensor, kind: str, across: Callable[[Tensor], Tensor]) -> Tensor:
         """An operation across replicas, in place, on as many parts as there are twins: each of them has one."""

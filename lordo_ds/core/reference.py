@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import refresh_basis, sketch_seed
+from lordo_ds.core.codec import codec_of
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.schedule import SyncPlan, first_basis_due, sync_plan
 
@@ -30,6 +31,7 @@ class Reference:
         self.executed = [0] * self.M
         self.sizes_before: list[dict[str, float]] = [{} for _ in weights]
         self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
+        self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()  # by replica, and by owner
         self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
         self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
 
@@ -158,14 +160,16 @@ class Reference:
         self.executed = [max(self.executed)] * self.M
         if len(finite) < self.config.least_participants(self.M):
             finite = []
+        own = {m: {p.name: self.anchor[p.name] - self.weights[m][p.name] for p in self.plans} for m in finite}
+        means = self._means(own) if finite else {}
         for p in self.plans:
             if not finite:  # too few to learn from: back to the anchor, with fresh moments in the old basis
                 for m in range(self.M):
                     self.weights[m][p.name].copy_(self.anchor[p.name])
                     self.state[m][p.name] |= {k: v for k, v in self._zeros(p).items() if k != "Q"}
+                self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()
                 continue
-            own = {m: self.anchor[p.name] - self.weights[m][p.name] for m in finite}
-            D = torch.stack(list(own.values())).mean(0)
+            D = means[p.name]
             self.anchor[p.name] = self.anchor[p.name] - self._outer(p, plan, D, self.state[finite[0]][p.name]["Q"])
             for m in range(self.M):
                 self.weights[m][p.name].copy_(self.anchor[p.name])
@@ -181,12 +185,49 @@ class Reference:
                     shared = p.orient(shared)
                 for m in finite:
                     if self.state[m][p.name]["Q"] is not None:
-                        self._refresh(p, self.state[m][p.name], p.orient(own[m]) if shared is None else shared)
+                        D_m = p.orient(own[m][p.name]) if shared is None else shared
+                        self._refresh(p, self.state[m][p.name], D_m)
             for m in set(range(self.M)) - set(finite):  # a left-out replica adopts the first finite one's state
                 donor = self.state[finite[0]][p.name]
                 self.state[m][p.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in donor.items()}
                 if p.low_rank:
                     self.state[m][p.name]["E"].zero_()
+        for m in set(range(self.M)) - set(finite):
+            self.unsent[m].zero_()
+            self.untold[m].zero_()
+
+    def _means(self, own: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean of every D over the replicas, as far as the wire says it.
+
+        Every replica tells every owner what it owns of D and of what it has not said before; the owner tells the mean
+        of that, and what it has not told before. The codec leaves what a message does not say.
+        """
+        codec = codec_of(self.config.pseudo_gradient_dtype)
+        flat = {m: torch.cat([D.flatten() for D in Ds.values()]) for m, Ds in own.items()}
+        if not codec.lossy or self.M == 1:
+            mean = torch.stack(list(flat.values())).mean(0)
+        else:
+            mean = torch.zeros_like(self.unsent[0])
+            for owner, (start, stop) in enumerate(self._runs(codec.block)):
+                said = []
+                for m, D in flat.items():
+                    values = (D + self.unsent[m])[start:stop]
+                    said.append(codec.decode(codec.encode_(values), stop - start, like=values))
+                    self.unsent[m][start:stop] = values
+                values = sum(said) / len(said) + self.untold[owner][start:stop]
+                mean[start:stop] = codec.decode(codec.encode_(values), stop - start, like=values)
+                self.untold[owner][start:stop] = values
+        parts = mean.split([p.numel for p in self.plans])
+        return {p.name: part.view(p.shape) for p, part in zip(self.plans, parts, strict=True)}
+
+    def _runs(self, block: int) -> list[tuple[int, int]]:
+        """What each replica owns of all elements: equal numbers of blocks."""
+        numel = sum(p.numel for p in self.plans)
+        share = -(-numel // (self.M * block)) * block
+        return [(min(m * share, numel), min((m + 1) * share, numel)) for m in range(self.M)]
+
+    def _nothing_unsent(self) -> list[Tensor]:
+        return [torch.cat([torch.zeros_like(a).flatten() for a in self.anchor.values()]) for _ in range(self.M)]
 
     def _outer(self, p: ParameterPlan, plan: SyncPlan, D: Tensor, Q: Tensor | None) -> Tensor:
         outer, mu = self.config.outer, self.config.outer.momentum

@@ -1,8 +1,9 @@
 """Everything that is kept of a parameter, in one table: its name, its axes, and which running average it is.
 
-The axes are those of the whole oriented parameter: s, l and r as in `lordo_ds.core`, e for its elements. What shards
-and tensor slices keep follows from them: a tensor with an `l` is cut by columns, one with an `s` by rows of the basis,
-one of elements like the weight. Of dense parameters every tensor has one value per element.
+The axes are those of the whole oriented parameter: s, l and r as in `lordo_ds.core`, e for its elements, o for those
+that the replica owns (`lordo_ds.core.ownership`). What shards and tensor slices keep follows from them: a tensor with
+an `l` is cut by columns, one with an `s` by rows of the basis, one of elements like the weight. Of dense parameters
+every tensor has one value per element.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Axis = Literal["e", "s", "l", "r"]
+Axis = Literal["e", "o", "s", "l", "r"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ KEPT = (
     Kept("error", ("e",)),
     Kept("anchor", ("e",), dense=True),
     Kept("outer_momentum", ("e",), dense=True),
+    Kept("wire_error", ("e",), dense=True),
+    Kept("owner_error", ("o",), dense=True),
 )
+# What a lossy wire has not said yet: a run may start without it, or lay it down.
+WIRE_ERRORS = ("wire_error", "owner_error")
 BY_NAME = {kept.name: kept for kept in KEPT}
 # Running averages.
 MOMENTS = tuple(kept for kept in KEPT if kept.beta is not None)

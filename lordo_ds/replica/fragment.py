@@ -14,7 +14,7 @@ from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import Interval, MatrixShards, Tile
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.state import MOMENTS, Kept
+from lordo_ds.core.state import MOMENTS, WIRE_ERRORS, Kept
 from lordo_ds.costs import Holding
 from lordo_ds.replica.waiting import Waiting
 
@@ -68,6 +68,7 @@ class Fragment:
         start, stop = intervals[self.comm.index]
         self.numel = stop - start
         self.intervals = intervals
+        self.owned: Interval = (0, 0)  # of these elements, those that this replica owns
         self.waiting = Waiting()
         self.shards: MatrixShards | None = None
         self.tiles: tuple[OrientedTile, ...] = ()
@@ -119,7 +120,8 @@ class Fragment:
     @property
     def holding(self) -> Holding:
         """What its costs follow from."""
-        return Holding(self.plan, self.intervals, self.comm.index, self._tensor.element_size(), self.has_basis)
+        width = self._tensor.element_size()
+        return Holding(self.plan, self.intervals, self.comm.index, width, self.has_basis, self.owned)
 
     # -- state ---------------------------------------------------------------------------------------
 
@@ -195,6 +197,12 @@ class Fragment:
         for kept in MOMENTS:
             if kept.beta is not None and kept.name in self.state:
                 yield kept, self.state[kept.name], self.betas[kept.beta]
+
+    def forget_errors_(self) -> None:
+        """What was kept back to be added later belongs to weights that are no more."""
+        for name in ("error", *WIRE_ERRORS):
+            if name in self.state:
+                self.state[name].zero_()
 
     @property
     def slices(self) -> InsideComm:

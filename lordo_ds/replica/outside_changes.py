@@ -17,6 +17,7 @@ from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.finite import all_finite
+from lordo_ds.core.state import WIRE_ERRORS
 from lordo_ds.errors import ConfigError, SyncError
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.model_copy import ModelCopy
@@ -131,8 +132,9 @@ class OutsideChanges:
             state = self.items[i].state
             if "anchor" in state:
                 state["anchor"].copy_(self.items[i].weight)
-            if "outer_momentum" in state:
-                state["outer_momentum"].zero_()
+            for name in ("outer_momentum", *WIRE_ERRORS):
+                if name in state:
+                    state[name].zero_()
             self._whole = _digest(self._whole, i, now[i in self._copies].of(i))
             self._all = _digest(self._all, i, now[i in in_model].of(i))
             self.first_loaded = self.first_loaded or self.items[i].plan.name

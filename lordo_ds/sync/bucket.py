@@ -15,14 +15,16 @@ from torch import Tensor
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
+from lordo_ds.core.codec import codec_of
 from lordo_ds.core.outer import pseudo_gradient
+from lordo_ds.core.ownership import shared_out
 from lordo_ds.core.schedule import SyncPlan
-from lordo_ds.errors import ConfigError
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.republish import republish_
 from lordo_ds.sync.moments import common_moments_
 from lordo_ds.sync.outer_step import OuterStep
+from lordo_ds.sync.two_legs import TwoLegs
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,10 @@ class BucketSync:
     """Collective across replicas, and inside them over the ranks that hold parts of the bucket's matrices."""
 
     def __init__(self, config: LordoConfig, bases: Bases, inside: InsideReplica) -> None:
-        if config.pseudo_gradient_dtype not in ("fp32", "bf16"):
-            key, value = config.key("pseudo_gradient_dtype"), config.pseudo_gradient_dtype
-            raise ConfigError(f'LoRDO: {key} = {value!r} is not available in this version: use "fp32" or "bf16"')
         self.config, self.bases, self.inside = config, bases, inside
         self.outer_step = OuterStep(config, inside)
+        self.codec = codec_of(config.pseudo_gradient_dtype)
+        self.legs = TwoLegs(self.codec)
 
     def run_(self, bucket: Sequence[Fragment], steps: Tensor, who: Round, wire: ReplicaWire, shares: Shares) -> None:
         """D = mean of (anchor - W); W = anchor = anchor - outer(D); moments; bases from the raw D; moments in them.
@@ -102,11 +103,12 @@ class BucketSync:
                     item.waiting.own_pseudo_gradient = part.clone()
         own = sum(float(part.square().sum()) for item, part in zip(items, parts, strict=True) if item.counts)
         if wire.replicas > 1 and flat.numel():
-            flat.div_(len(who.participants))
-            if self.config.pseudo_gradient_dtype == "bf16":
-                flat.copy_(wire.sum_(flat.to(torch.bfloat16), "pseudo_gradient"))
+            if self.codec.lossy:
+                owned = shared_out([item.numel for item in items], wire.replicas, self.codec.block)
+                self.legs.mean_(items, parts, owned, who.participants, wire, "pseudo_gradient")
+                own = _around(items, parts) if who.takes_part else 0.0
             else:
-                wire.sum_(flat, "pseudo_gradient")
+                wire.sum_(flat.div_(len(who.participants)), "pseudo_gradient")
         return parts, own
 
     def _basis_matrix(self, item: Fragment, means: dict[int, Tensor], who: Round, wire: ReplicaWire) -> Tensor | None:
@@ -123,3 +125,13 @@ class BucketSync:
         if who.replica in who.gives_gradient and item.waiting.gradient is not None:
             matrix.copy_(item.waiting.gradient)
         return wire.sum_(matrix, "gradient").div_(max(1, len(who.gives_gradient)))
+
+
+def _around(items: Sequence[Fragment], means: Sequence[Tensor]) -> float:
+    """|D_m - D|^2 + |D|^2 for what was told of D, which is not the mean that the variance identity needs."""
+    total = 0.0
+    for item, mean in zip(items, means, strict=True):
+        if item.counts:
+            off = pseudo_gradient(item.state["anchor"], item.weight).sub_(mean)
+            total += float(off.square().sum() + mean.square().sum())
+    return total

@@ -194,8 +194,8 @@ class Faults:
             if not takes_part and item.plan.low_rank:
                 any_basis = self.inside.shard.max_(item.basis.new_tensor([float(item.basis.any())]), "flags")
                 item.state["has_basis"] = bool(any_basis[0])
-                if "error" in item.state:
-                    item.state["error"].zero_()
+            if not takes_part:
+                item.forget_errors_()
 
     def return_to_anchor_(self, report: SyncReport, finite: int, in_a_row: int) -> None:
         """Too few replicas are finite: all go back to the anchor with fresh moments, or the run stops.
@@ -225,6 +225,5 @@ class Faults:
             item.weight.copy_(item.state["anchor"])
             for _, tensor, _ in item.moments():
                 tensor.zero_()
-            if "error" in item.state:
-                item.state["error"].zero_()
+            item.forget_errors_()
             item.state["step"] = 0

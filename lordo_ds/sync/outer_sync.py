@@ -16,6 +16,7 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
+from lordo_ds.core.ownership import shared_out
 from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.costs import Links, needs_anchor, sync_bytes
 from lordo_ds.replica.bases import Bases
@@ -87,6 +88,7 @@ class OuterSync:
         for item in self.items:
             if "anchor" not in item.state and self.needs_anchor(item.plan):
                 item.state["anchor"] = self._place(item.weight)
+        self.share_out()
 
     @property
     def _alone(self) -> bool:
@@ -115,8 +117,24 @@ class OuterSync:
                 item.state["anchor"] = self._place(item.weight)
             if not self.config.outer.is_plain_average:
                 item.state["outer_momentum"] = self._place(torch.zeros_like(item.weight), torch.float32)
+        self.share_out()
         if not all(equal):
             logger.warning("LoRDO: the replicas %s different weights; all now have those of replica 0", came_by)
+
+    def share_out(self) -> None:
+        """Which elements this replica owns, and room for what a lossy wire does not say, zero where it is new."""
+        codec = self.bucket_sync.codec
+        for bucket in self.buckets if codec.lossy and not self._alone else ():
+            items = [item for item in bucket if "anchor" in item.state]
+            owned = dict.fromkeys(range(len(items)), (0, 0))
+            for one in shared_out([item.numel for item in items], self.wire.replicas, codec.block)[self.wire.index]:
+                owned[one.item] = one.start, one.stop
+            for item, (start, stop) in zip(items, owned.values(), strict=True):
+                if "wire_error" not in item.state:
+                    item.state["wire_error"] = self._place(torch.zeros_like(item.weight), torch.float32)
+                if "owner_error" not in item.state or item.owned != (start, stop):
+                    item.state["owner_error"] = self._place(item.weight.new_zeros(stop - start), torch.float32)
+                item.owned = start, stop
 
     def _equalise(self, group: Comm) -> bool:
         """Give all ranks of the group the weights of the first; whether they were equal before."""
@@ -255,7 +273,7 @@ class OuterSync:
             self.config,
             plan,
             [[item.holding for item in bucket] for bucket in self.buckets],
-            Links(self.wire.replicas, self.wire.twins.size),
+            Links(self.wire.replicas, self.wire.twins.size, self.wire.index, self.wire.twins.index),
             header_fields=Header.width(),
             trailer_fields=Trailer.width(),
             row_numbers=rows * (row_length + 1),

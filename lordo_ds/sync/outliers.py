@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lordo_ds.core.outer import pseudo_gradient
+from lordo_ds.core.state import WIRE_ERRORS
 from lordo_ds.replica.fragment import Fragment
 
 # Sizes that a replica tells, in this order: |D_m| over the whole replica, and the largest absolute value of each kind.
@@ -55,8 +56,9 @@ def kept_tensors(item: Fragment) -> Iterator[tuple[str, Tensor]]:
     yield "weight", item.weight
     for kept, tensor, _ in item.moments():
         yield kept.name, tensor
-    if item.error is not None:
-        yield "error", item.error
+    for name in ("error", *WIRE_ERRORS):
+        if name in item.state:
+            yield "error", item.state[name]
 
 
 def _pseudo_gradient_sizes(items: Sequence[Fragment]) -> tuple[float, float]:

@@ -52,6 +52,7 @@ def drawn_settings(draw: random.Random) -> dict[str, Any]:
         "max_nonfinite_syncs": 99,
         "max_left_out_syncs": "never",
         "min_participants": draw.choice(["1/2", 1, 2]),
+        "pseudo_gradient_dtype": draw.choice(["fp32", "fp32", "int8", {"top_k": 8, "block": 64}]),
     }
     if settings["projection"] == "local":
         settings["outer"] = {key: value for key, value in settings["outer"].items() if key != "residual_gain"}

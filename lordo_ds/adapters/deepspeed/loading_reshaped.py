@@ -148,6 +148,8 @@ def _fill_optimizer(optimizer: LoRDO, run: ReshapedRun, here: Header, replica: i
     for fragment in optimizer.sync.items:
         layout = layouts[fragment.plan.name]
         state = run.state(layout.name, replica)
+        if "owner_error" in state and replica:
+            state["owner_error"] = run.state(layout.name, 0)["owner_error"]
         if layout.low_rank:
             wanted = SavedParameter(layout.name, layout.whole_shape, True, layout.side, layout.rank)
             state = with_rank(state, wanted)
