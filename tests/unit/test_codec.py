@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lordo_ds.config import TopK
-from lordo_ds.core.codec import Codec, bits, codec_of
+from lordo_ds.core.codec import Codec, base, bits, codec_of
 
 SPARSE = TopK(top_k=64, block=4096)
 SETTINGS: list[Any] = ["fp32", "bf16", "int8", "int4", SPARSE, TopK(top_k=3, block=10), TopK(top_k=5, block=5)]
 QUANTIZED = {"int8": 127, "int4": 7}
-SIZES = (0, 1, 2, 3, 63, 64, 65, 127, 129, 255, 256, 257, 4095, 4097, 66_000, 140_001)
+SIZES = (0, 1, 2, 3, 63, 64, 65, 127, 129, 255, 256, 257, 4095, 4097, 9001)
 SMALLEST = 2.0**-126
 
 
@@ -86,6 +86,16 @@ def test_equal_vectors_give_equal_messages_wherever_the_message_lies(setting: An
 
 
 @each_setting
+def test_a_message_does_not_depend_on_how_much_is_worked_on_at_once(
+    setting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec, values = codec_of(setting), gaussian(20_001)
+    whole = sent(codec, values)
+    monkeypatch.setattr(base, "_CHUNK", 4096)
+    assert all(map(torch.equal, sent(codec, values), whole))
+
+
+@each_setting
 def test_the_errors_of_one_vector_sent_over_and_over_do_not_add_up(setting: Any) -> None:
     codec, values, times = codec_of(setting), gaussian(5000, seed=2), 200
     error, total = torch.zeros_like(values), torch.zeros(5000, dtype=torch.float64)
@@ -100,8 +110,9 @@ def test_the_errors_of_one_vector_sent_over_and_over_do_not_add_up(setting: Any)
 def test_zeros_stay_zeros(setting: Any) -> None:
     values = torch.zeros(700)
     values[3:600:7] = -0.0
-    _, decoded, error = sent(codec_of(setting), values)
+    message, decoded, error = sent(codec_of(setting), values)
     assert not decoded.any() and not error.any()
+    assert setting not in QUANTIZED or not message.any()  # no scale either
 
 
 @each_setting
@@ -213,10 +224,10 @@ def test_a_message_of_bf16_is_torchs_rounding() -> None:
 # -- top k -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("top_k", "block"), [(64, 4096), (3, 10), (1, 7), (6, 33), (5, 5)])
+@pytest.mark.parametrize(("top_k", "block"), [(64, 4096), (3, 48), (3, 10), (1, 7), (6, 33), (5, 5)])
 def test_the_largest_of_each_block_are_sent_and_no_others(top_k: int, block: int) -> None:
     codec = codec_of(TopK(top_k=top_k, block=block))
-    for numel in (1, 3 * block, 70_000 // block * block + block // 2 + 1):
+    for numel in (1, 3 * block, 20 * block + block // 2 + 1):
         values = gaussian(numel, seed=top_k)
         _, decoded, error = sent(codec, values)
         for a, b, is_sent in zip(values.split(block), error.split(block), decoded.split(block), strict=True):
@@ -226,6 +237,16 @@ def test_the_largest_of_each_block_are_sent_and_no_others(top_k: int, block: int
             assert torch.equal(is_sent != 0, largest)
             assert torch.equal(b[~largest], a[~largest])
             assert torch.equal(is_sent.sign()[largest], a.sign()[largest])
+
+
+@pytest.mark.parametrize(("top_k", "block"), [(64, 4096), (3, 48), (3, 10)])
+def test_of_equal_elements_as_many_are_sent_as_of_others(top_k: int, block: int) -> None:
+    codec = codec_of(TopK(top_k=top_k, block=block))
+    for few in (1, 2, 4):
+        values = torch.randint(1, 1 + few, (20 * block,), generator=torch.Generator().manual_seed(few)).float()
+        _, decoded, _ = sent(codec, values)
+        assert (decoded.view(-1, block).count_nonzero(1) == top_k).all()
+        assert torch.equal(decoded[decoded != 0], values[decoded != 0])
 
 
 def test_a_group_has_the_mean_of_its_magnitudes() -> None:

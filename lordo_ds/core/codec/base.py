@@ -11,7 +11,7 @@ from torch import Tensor
 SMALLEST_NORMAL = 2.0**-126  # normal in float32 and bfloat16: some devices flush what is below
 # Elements worked on at once: few enough for a core's cache; on an accelerator, whose launches cost, what bounds the
 # workspace.
-_CHUNK, _CHUNK_OF_ACCELERATOR = 1 << 16, 1 << 24
+_CHUNK, _CHUNK_OF_ACCELERATOR = 1 << 18, 1 << 24
 
 
 class Codec(ABC):
