@@ -65,7 +65,8 @@ class LowRankSelection(_Block):
 class OuterOptimizer(_Block):
     """Outer optimizer on the pseudo-gradient; the default is plain averaging.
 
-    `orthogonalize` and `residual_gain` concern projected matrices only.
+    `orthogonalize` and `residual_gain` concern projected matrices only. `compute` says where it and the refresh of the
+    bases run: on every replica, or each matrix on one of them, its owner; "auto" asks `lordo_ds.costs`.
     """
 
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -73,6 +74,7 @@ class OuterOptimizer(_Block):
     nesterov: StrictBool = True
     orthogonalize: StrictBool = False
     residual_gain: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    compute: Literal["auto", "owner", "everyone"] = "auto"
 
     @property
     def is_plain_average(self) -> bool:
@@ -235,6 +237,16 @@ class LordoConfig(_Block):
             raise ValueError(
                 f"outer.residual_gain = {self.outer.residual_gain:g} needs one basis for all replicas, and with "
                 'projection = "local" each has its own: use projection "global" or leave it out (nearest: 1.0)'
+            )
+        if self.outer.compute == "owner" and self.projection == "local":
+            raise ValueError(
+                'outer.compute = "owner" refreshes bases for all replicas, and with projection = "local" each has its '
+                'own: use projection "global" or leave it out (nearest: "auto")'
+            )
+        if self.outer.compute == "owner" and self.basis_source == "gradient":
+            raise ValueError(
+                'outer.compute = "owner" refreshes bases from the pseudo-gradient, and with basis_source = "gradient" '
+                'they come from elsewhere: use basis_source "pseudo_gradient" or leave it out (nearest: "auto")'
             )
         if self.streaming != Streaming():
             raise ValueError(

@@ -14,13 +14,13 @@ from math import prod
 
 from lordo_ds.comm.ledger import data_parallel_bytes, gather_bytes, reduction_bytes
 from lordo_ds.config import LordoConfig
-from lordo_ds.core.codec import Codec, codec_of
+from lordo_ds.core.codec import codec_of
 from lordo_ds.core.fragments import Interval, MatrixShards
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.outer import ITERATIONS
-from lordo_ds.core.ownership import numel_of, shared_out
+from lordo_ds.core.ownership import Segment, at_owners, numel_of, owned_segments
 from lordo_ds.core.schedule import SyncPlan
-from lordo_ds.core.state import KEPT, MOMENTS, WIRE_ERRORS, Axis, Kept
+from lordo_ds.core.state import BY_NAME, KEPT, MOMENTA, MOMENTS, WIRE_ERRORS, Axis, Kept
 
 _FIELD_BYTES = 8  # of a number in a header, and of a recorded row's
 _WIDTHS = {"bf16": 2, "fp32": 4}
@@ -43,12 +43,19 @@ class Links:
         """Of a sum over replicas of `numel` elements of `width` bytes."""
         return reduction_bytes(-(-numel // self.twins) * width, self.replicas)
 
-    def mean_bytes(self, numels: Sequence[int], codec: Codec, width: int) -> int:
-        """Of a mean over replicas in two legs, see `lordo_ds.sync.two_legs`."""
-        owned = shared_out(numels, self.replicas, codec.block)
-        lengths = [self._part(codec.message_bytes(numel_of(segments), width)) for segments in owned]
+    def legs_bytes(self, messages: Sequence[int], first: bool = True) -> int:
+        """Of telling every owner `messages[m]` bytes, and of its telling all as many: `lordo_ds.sync.two_legs`.
+
+        Args:
+            first: whether there is a first leg.
+        """
+        lengths = [self._part(length) for length in messages]
         others = [length for m, length in enumerate(lengths) if m != self.replica]
-        return sum(others) + len(others) * lengths[self.replica]
+        return sum(others) * first + len(others) * lengths[self.replica]
+
+    def broadcast_bytes(self, numel: int, width: int) -> int:
+        """Of the replica that tells all others what it has."""
+        return -(-numel // self.twins) * width * (self.replicas - 1)
 
     def _part(self, length: int) -> int:
         """Of a message, what this one of the twins sends."""
@@ -110,7 +117,7 @@ class Holding:
         if width < 8:
             if kept.name == "error":
                 width = _WIDTHS[config.error_feedback or "fp32"]
-            elif kept.name in ("anchor", "outer_momentum", *WIRE_ERRORS):
+            elif kept.name in ("anchor", *MOMENTA, *WIRE_ERRORS):
                 width = _WIDTHS[config.anchor.dtype] if kept.name == "anchor" else 4
         return self.elements(kept) * width
 
@@ -133,7 +140,8 @@ def is_kept(config: LordoConfig, kept: Kept, low_rank: bool, replicas: int) -> b
         "col_mean_sq": config.qh_mode == "factored",
         "error": bool(config.error_feedback),
         "anchor": needs_anchor(config, low_rank, alone=replicas == 1),
-        "outer_momentum": not config.outer.is_plain_average,
+        "outer_momentum": not (config.outer.is_plain_average or at_owners(config, replicas)),
+        "owner_momentum": not config.outer.is_plain_average and at_owners(config, replicas),
         **dict.fromkeys(WIRE_ERRORS, replicas > 1 and codec_of(config.pseudo_gradient_dtype).lossy),
     }
     return wanted.get(kept.name, True)
@@ -197,20 +205,52 @@ def sync_bytes(
     parameters, codec = sum(map(len, buckets)), codec_of(config.pseudo_gradient_dtype)
     sent = links.fields_bytes(header_fields + parameters) + links.fields_bytes(trailer_fields)
     sent += links.sum_bytes(row_numbers, _FIELD_BYTES)
+    owners = at_owners(config, links.replicas)
     gradients = plan.refresh_basis and config.basis_source == "gradient" and config.projection == "global"
     for bucket in buckets:
         width = bucket[0].width
-        numels = [one.numel for one in bucket]
-        if codec.lossy:
-            sent += links.mean_bytes(numels, codec, width)
+        owned = ownership(bucket, links.replicas, owners, codec.block)
+        if codec.lossy or owners:
+            sent += links.legs_bytes([codec.message_bytes(numel_of(segments), width) for segments in owned])
         else:
-            sent += links.sum_bytes(sum(numels), width)
+            sent += links.sum_bytes(sum(one.numel for one in bucket), width)
         for beta in (0, 1):
-            if plan.averages(beta):
+            if plan.averages(beta) and owners:
+                lengths = [width * _owned_moments(config, bucket, segments, beta) for segments in owned]
+                sent += links.legs_bytes(lengths)
+                if beta == 0 and plan.refresh_basis and not plan.averages(1):  # in the old basis, and in the new one
+                    sent += links.legs_bytes(lengths, first=False)
+            elif plan.averages(beta):
                 sent += links.sum_bytes(_moment_elements(config, bucket, beta), width)
+        if owners and plan.refresh_basis:
+            sent += links.legs_bytes([width * _owned_bases(bucket, segments) for segments in owned], first=False)
         if gradients:
             sent += sum(links.sum_bytes(one.numel, width) for one in bucket if one.plan.low_rank and one.has_basis)
     return sent
+
+
+def ownership(bucket: Sequence[Holding], replicas: int, work_at_owners: bool, block: int) -> list[list[Segment]]:
+    """What every replica owns of a bucket's parameters on this shard; `block` elements have a common scale."""
+    held = [[stop - start for start, stop in one.intervals] for one in bucket]
+    whole = [one.plan.low_rank and work_at_owners for one in bucket]
+    return owned_segments(held, whole, replicas, block, bucket[0].shard if bucket else 0)
+
+
+def _owned_moments(config: LordoConfig, bucket: Sequence[Holding], segments: Sequence[Segment], beta: int) -> int:
+    """Elements of the averaged moments of what a replica owns: all of a matrix's, of other parameters a segment."""
+    total = 0
+    for segment in segments:
+        one = bucket[segment.item]
+        for kept in MOMENTS if one.plan.low_rank or config.average_dense_moments else ():
+            if kept.beta == beta and is_kept(config, kept, one.plan.low_rank, replicas=2):
+                total += one.elements(kept) if one.plan.low_rank else segment.numel
+    return total
+
+
+def _owned_bases(bucket: Sequence[Holding], segments: Sequence[Segment]) -> int:
+    """Elements that this shard keeps of the bases that a replica owns."""
+    chosen = [bucket[segment.item] for segment in segments]
+    return sum(one.elements(BY_NAME["basis"]) for one in chosen if one.plan.low_rank and one.has_basis)
 
 
 def _moment_elements(config: LordoConfig, bucket: Iterable[Holding], beta: int) -> int:
@@ -232,7 +272,10 @@ def first_basis_bytes(config: LordoConfig, holdings: Sequence[Holding], links: L
     if config.projection == "local" or links.replicas == 1:
         return 0
     gradients = sum(links.sum_bytes(holding.numel, holding.width) for holding in holdings)
-    return links.fields_bytes(flags + len(holdings)) + gradients
+    sent = links.fields_bytes(flags + len(holdings)) + gradients
+    if at_owners(config, links.replicas) and links.replica == 0:  # which computes them for all
+        sent += sum(links.broadcast_bytes(one.elements(BY_NAME["basis"]), one.width) for one in holdings)
+    return sent
 
 
 def other_methods_bytes(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lordo_ds.checkpoint.finite import NotFinite, not_finite, replicas_to_reseed
@@ -23,7 +24,7 @@ from lordo_ds.comm.groups import of_all_ranks
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.grouping import ParameterFacts
-from lordo_ds.core.state import WIRE_ERRORS
+from lordo_ds.core.state import MOMENTA, OWNED, WIRE_ERRORS
 from lordo_ds.errors import CheckpointError
 from lordo_ds.replica.allocate import Held
 from lordo_ds.replica.fragment import Fragment
@@ -170,17 +171,19 @@ def _check_fits(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> None:
             f"LoRDO: the saved state has {len(groups)} parameter groups, this run {len(run.param_groups)}"
         )
     if saved_names:
-        for fragment, entries in _with_saved(run, state_dict):
+        for fragment, entries in _with_saved(run, saved, state_dict):
             _check_entries(fragment, entries)
 
 
-def _with_saved(run: Run, state_dict: Mapping[str, Any]) -> list[tuple[Fragment, Any]]:
+def _with_saved(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> list[tuple[Fragment, Any]]:
     """Every fragment and what was saved of it."""
-    return [
-        (fragment, state_dict["state"].get(index, {}).get(fragment.plan.name, {}))
-        for index, tensor in enumerate(_stepped(run))
-        for fragment in run.held.of_tensor.get(tensor, ())
-    ]
+    owned = {layout.name: layout.owned for layout in saved.fragments}
+    found = []
+    for index, tensor in enumerate(_stepped(run)):
+        for fragment in run.held.of_tensor.get(tensor, ()):
+            entries = state_dict["state"].get(index, {}).get(fragment.plan.name, {})
+            found.append((fragment, _as_kept_here(fragment, entries, owned[fragment.plan.name])))
+    return found
 
 
 def _check_entries(fragment: Fragment, saved: Any) -> None:
@@ -188,14 +191,11 @@ def _check_entries(fragment: Fragment, saved: Any) -> None:
     name = fragment.plan.name
     if not isinstance(saved, dict):
         raise CheckpointError(f"LoRDO: the saved state of {name} is a {type(saved).__name__}: it is damaged")
-    for key in sorted((fragment.state.keys() ^ saved.keys()) - set(WIRE_ERRORS)):
+    for key in sorted(fragment.state.keys() ^ saved.keys()):
         where = "no" if key in fragment.state else "a surplus"
-        raise CheckpointError(
-            f"LoRDO: the saved state of {name} has {where} {key!r}: was it saved with other settings?"
-        )
+        hint = "load it with reshape=True" if key in MOMENTA else "was it saved with other settings?"
+        raise CheckpointError(f"LoRDO: the saved state of {name} has {where} {key!r}: {hint}")
     for key, current in fragment.state.items():
-        if key in WIRE_ERRORS and not _same_wire(current, saved.get(key)):
-            continue
         value = saved[key]
         if isinstance(current, Tensor):
             wanted = f"{tuple(current.shape)} {current.dtype}"
@@ -206,9 +206,29 @@ def _check_entries(fragment: Fragment, saved: Any) -> None:
             raise CheckpointError(f"LoRDO: {key!r} of {name} is {found} in the saved state and {wanted} here")
 
 
-def _same_wire(current: Tensor, saved: Any) -> bool:
-    """Whether saved errors are of a wire like this run's; another one starts with none."""
-    return isinstance(saved, Tensor) and saved.shape == current.shape
+def _as_kept_here(fragment: Fragment, saved: Any, owned: tuple[int, int]) -> Any:
+    """What was saved of a fragment, as far as it lies otherwise only because of the wire.
+
+    A momentum of all elements has that of the owned ones in it. Another wire starts with nothing unsaid.
+
+    Args:
+        owned: the elements of the slice that the replica owned when it was saved.
+    """
+    if not isinstance(saved, dict):
+        return saved
+    found, here = dict(saved), fragment.state
+    whole = found.get("outer_momentum")
+    if owned != _owned(fragment):
+        found = {key: value for key, value in found.items() if key not in OWNED}
+    if "owner_momentum" in here and isinstance(whole, Tensor) and whole.shape == (fragment.numel,):
+        del found["outer_momentum"]
+        found["owner_momentum"] = whole[slice(*fragment.owned)]
+    for key in WIRE_ERRORS:
+        if key not in here:
+            found.pop(key, None)
+        elif key not in found:
+            found[key] = torch.zeros_like(here[key])
+    return found
 
 
 def _check_finite(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> None:
@@ -219,7 +239,7 @@ def _check_finite(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> Non
     """
     assert run.sync is not None
     wire, found = run.sync.wire, list[NotFinite]()
-    for fragment, entries in _with_saved(run, state_dict) if saved.fragments else ():
+    for fragment, entries in _with_saved(run, saved, state_dict) if saved.fragments else ():
         found += not_finite(wire.index, fragment.plan.name, {"weight": fragment.weight, **entries})
     reseeded = reseeded_later(found, wire.replicas, "the saved state")
     if reseeded and wire.index == 0:
@@ -243,7 +263,7 @@ def load(run: Run, state_dict: Mapping[str, Any]) -> None:
     saved = check(run, state_dict)
     assert run.sync is not None
     if saved.fragments:  # a state saved before the first step has nothing but its settings
-        for fragment, entries in _with_saved(run, state_dict):
+        for fragment, entries in _with_saved(run, saved, state_dict):
             _fill_fragment(fragment, entries)
     for group, saved_group in zip(run.param_groups, state_dict["param_groups"], strict=True):
         group.update({key: value for key, value in saved_group.items() if key != "params"})
@@ -254,9 +274,7 @@ def load(run: Run, state_dict: Mapping[str, Any]) -> None:
 
 def _fill_fragment(fragment: Fragment, saved: Mapping[str, Any]) -> None:
     for key, current in fragment.state.items():
-        if key in WIRE_ERRORS and not _same_wire(current, saved.get(key)):
-            current.zero_()
-        elif isinstance(current, Tensor):
+        if isinstance(current, Tensor):
             current.copy_(saved[key])
         else:
             fragment.state[key] = saved[key]

@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions, AllTo
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.schedule import sync_plan
-from lordo_ds.core.state import WIRE_ERRORS
+from lordo_ds.core.state import OWNED, WIRE_ERRORS
 from lordo_ds.errors import SyncError
 from lordo_ds.handle import hook
 from lordo_ds.optimizer import LoRDO
@@ -176,6 +176,8 @@ class Membership(Members):
         logger.warning("LoRDO: %d replicas from step %d on", self.wire.replicas, self.optimizer.attempted_steps)
         self._sync.faults.count_anew()  # replicas are numbered anew
         self._sync.share_out()
+        if self._sync.bucket_sync.work_at_owners and not self.optimizer.config.outer.is_plain_average:
+            logger.warning("LoRDO: others own what they did before: the outer momentum of it starts again")
         return True
 
     @property
@@ -197,7 +199,7 @@ class Membership(Members):
 
     def _heal(self, state: dict[str, Any]) -> None:
         require_like(state.get("start"), self._start)
-        self._load(state, besides=WIRE_ERRORS)  # which are of that replica, and of what it owns
+        self._load(state, besides=(*OWNED, *WIRE_ERRORS))  # which are that replica's, and of what it owns
         self._healed = True
         self.optimizer.forget_attempt()  # gradients of weights that are no more, rows of steps that it has not made
         logger.warning("LoRDO: took over the state of a live replica at step %d", self.optimizer.attempted_steps)

@@ -4,7 +4,7 @@ It is kept in five ways:
 
     weight, anchor, outer_momentum, error,     one value per element; of dense parameters the moments too
     wire_error
-    owner_error                                likewise, of the elements that the replica owns; zero elsewhere
+    owner_momentum, owner_error                likewise, of the elements that the replica owns; zero elsewhere
     exp_avg, exp_avg_sq (r, l)                 by columns: those of the elements a shard holds, or an equal share
     col_mean_sq (l,)                           likewise
     basis (s, r), row_mean_sq (s,)             by rows of the basis; equal on all tensor slices, which cut l
@@ -27,13 +27,12 @@ from lordo_ds.checkpoint.bounds import is_held
 from lordo_ds.checkpoint.header import LARGEST, FragmentLayout
 from lordo_ds.core.fragments import Interval, MatrixShards
 from lordo_ds.core.slices import cut_slice, join_slices
-from lordo_ds.core.state import BY_NAME, KEPT, PLAIN_VALUES, required
+from lordo_ds.core.state import BY_NAME, KEPT, OWNED, PLAIN_VALUES, required
 from lordo_ds.errors import CheckpointError
 
 State = dict[str, Any]
 _BY_COLUMNS = {kept.name: dim for kept in KEPT if (dim := kept.dim("l")) is not None}  # which dimension l is
 _BY_BASIS_ROWS = tuple(kept.name for kept in KEPT if "s" in kept.axes)
-_BY_OWNER = tuple(kept.name for kept in KEPT if "o" in kept.axes)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Place:
 
     def span(self, key: str) -> tuple[int, int, int]:
         """(dimension, start, stop) of the slice's tensor that this shard keeps; flat elements are dimension -1."""
-        if key in _BY_OWNER:
+        if key in OWNED:
             return -1, *self.layout.owned
         if not self.layout.low_rank or key not in (*_BY_COLUMNS, *_BY_BASIS_ROWS):
             return -1, *self.intervals[self.shard]
@@ -157,7 +156,7 @@ def join_shards(key: str, places: Sequence[Place], parts: Sequence[Tensor]) -> T
         covered += stop - start
     dim = places[0].span(key)[0]
     extent = math.prod(shape) if dim < 0 else shape[dim]
-    if covered < extent and key not in _BY_OWNER:
+    if covered < extent and key not in OWNED:
         raise CheckpointError(f"LoRDO: {key!r} of {name}: its shards hold {covered} of {extent} parts")
     if len(parts) == 1 and parts[0].numel() == math.prod(shape):
         return parts[0].view(shape)

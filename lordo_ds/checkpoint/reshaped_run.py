@@ -6,7 +6,7 @@ all of the movement since then. With the same count every replica goes on from i
 
 What each replica keeps for itself (moments that are not averaged, error feedback) is taken from one old replica when
 there are more than before, new replica m from old m mod M; with fewer, each takes the mean over old m, m + M', ...
-What the owners of a lossy wire kept is of all replicas: replica 0 is given the sum, and who loads it takes his part.
+What owners keep is of all replicas: replica 0 is given the sum, and who loads it takes his part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lordo_ds.checkpoint.pieces import State
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.core.basis import fill_up
 from lordo_ds.core.inner import rescale_bias_correction
-from lordo_ds.core.state import BY_NAME
+from lordo_ds.core.state import BY_NAME, OWNED
 from lordo_ds.errors import CheckpointError
 
 
@@ -85,9 +85,9 @@ class ReshapedRun(SavedRun):
                 first["weight"] = _mean(
                     [weights[m] if m in weights else self.run.state(name, m)["weight"] for m in self._finite]
                 )
-        if "owner_error" in first:
-            kept = [self.run.state(name, m)["owner_error"] for m in range(self.run.replicas if replica == 0 else 0)]
-            first = {**first, "owner_error": sum(kept, torch.zeros_like(first["owner_error"]))}
+        for key in [key for key in OWNED if key in first]:
+            kept = [self.run.state(name, m)[key] for m in range(self.run.replicas if replica == 0 else 0)]
+            first = {**first, key: sum(kept, torch.zeros_like(first[key]))}
         return with_rank(first, self.parameters[name])
 
     def check_state(self, name: str, replica: int) -> None:

@@ -17,6 +17,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import refresh_basis, sketch_seed
 from lordo_ds.core.codec import codec_of
 from lordo_ds.core.grouping import ParameterPlan
+from lordo_ds.core.ownership import Segment, at_owners, owned_segments
 from lordo_ds.core.schedule import SyncPlan, first_basis_due, sync_plan
 
 
@@ -31,6 +32,8 @@ class Reference:
         self.executed = [0] * self.M
         self.sizes_before: list[dict[str, float]] = [{} for _ in weights]
         self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
+        self._codec = codec_of(config.pseudo_gradient_dtype)
+        self.owners = at_owners(config, self.M)
         self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()  # by replica, and by owner
         self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
         self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
@@ -161,7 +164,16 @@ class Reference:
         if len(finite) < self.config.least_participants(self.M):
             finite = []
         own = {m: {p.name: self.anchor[p.name] - self.weights[m][p.name] for p in self.plans} for m in finite}
-        means = self._means(own) if finite else {}
+        means = self._at_owners(own) if finite else {}
+        if not self.owners:
+            means = self._told(means)
+        updates = {
+            p.name: self._outer(p, plan, means[p.name], self.state[finite[0]][p.name]["Q"])
+            for p in self.plans
+            if finite
+        }
+        if self.owners:
+            updates = self._told(updates)
         for p in self.plans:
             if not finite:  # too few to learn from: back to the anchor, with fresh moments in the old basis
                 for m in range(self.M):
@@ -170,7 +182,7 @@ class Reference:
                 self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()
                 continue
             D = means[p.name]
-            self.anchor[p.name] = self.anchor[p.name] - self._outer(p, plan, D, self.state[finite[0]][p.name]["Q"])
+            self.anchor[p.name] = self.anchor[p.name] - updates[p.name]
             for m in range(self.M):
                 self.weights[m][p.name].copy_(self.anchor[p.name])
             self._common_steps(p, finite)
@@ -193,41 +205,52 @@ class Reference:
                 if p.low_rank:
                     self.state[m][p.name]["E"].zero_()
         for m in set(range(self.M)) - set(finite):
-            self.unsent[m].zero_()
-            self.untold[m].zero_()
+            for kept_back in (*self.unsent[m], *self.untold[m]):
+                kept_back.zero_()
 
-    def _means(self, own: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The mean of every D over the replicas, as far as the wire says it.
+    def _at_owners(self, own: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The mean of every D over the replicas, as far as they say it.
 
-        Every replica tells every owner what it owns of D and of what it has not said before; the owner tells the mean
-        of that, and what it has not told before. The codec leaves what a message does not say.
+        Every replica tells every owner what it owns of D, and what it has not said before. The codec leaves in the
+        values what a message does not say.
         """
-        codec = codec_of(self.config.pseudo_gradient_dtype)
-        flat = {m: torch.cat([D.flatten() for D in Ds.values()]) for m, Ds in own.items()}
-        if not codec.lossy or self.M == 1:
-            mean = torch.stack(list(flat.values())).mean(0)
-        else:
-            mean = torch.zeros_like(self.unsent[0])
-            for owner, (start, stop) in enumerate(self._runs(codec.block)):
-                said = []
-                for m, D in flat.items():
-                    values = (D + self.unsent[m])[start:stop]
-                    said.append(codec.decode(codec.encode_(values), stop - start, like=values))
-                    self.unsent[m][start:stop] = values
-                values = sum(said) / len(said) + self.untold[owner][start:stop]
-                mean[start:stop] = codec.decode(codec.encode_(values), stop - start, like=values)
-                self.untold[owner][start:stop] = values
-        parts = mean.split([p.numel for p in self.plans])
-        return {p.name: part.view(p.shape) for p, part in zip(self.plans, parts, strict=True)}
+        if not self._codec.lossy or self.M == 1:
+            return {p.name: torch.stack([Ds[p.name] for Ds in own.values()]).mean(0) for p in self.plans}
+        total = [self.anchor[p.name].new_zeros(p.shape) for p in self.plans]
+        for segments in self._owned():
+            for m, Ds in own.items():
+                said = self._said(list(Ds.values()), self.unsent[m], segments)
+                for s, values in zip(segments, said, strict=True):
+                    total[s.item].view(-1)[s.start : s.stop] += values
+        return {p.name: part / len(own) for p, part in zip(self.plans, total, strict=True)}
 
-    def _runs(self, block: int) -> list[tuple[int, int]]:
-        """What each replica owns of all elements: equal numbers of blocks."""
-        numel = sum(p.numel for p in self.plans)
-        share = -(-numel // (self.M * block)) * block
-        return [(min(m * share, numel), min((m + 1) * share, numel)) for m in range(self.M)]
+    def _told(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the owners tell of these: the replicas go on from that."""
+        if not values or not self._codec.lossy or self.M == 1:
+            return values
+        told = [self.anchor[p.name].new_zeros(p.shape) for p in self.plans]
+        for owner, segments in enumerate(self._owned()):
+            said = self._said(list(values.values()), self.untold[owner], segments)
+            for s, part in zip(segments, said, strict=True):
+                told[s.item].view(-1)[s.start : s.stop] = part
+        return {p.name: part for p, part in zip(self.plans, told, strict=True)}
 
-    def _nothing_unsent(self) -> list[Tensor]:
-        return [torch.cat([torch.zeros_like(a).flatten() for a in self.anchor.values()]) for _ in range(self.M)]
+    def _said(self, values: list[Tensor], kept_back: list[Tensor], segments: list[Segment]) -> list[Tensor]:
+        """What one message says of these segments; what it does not say is kept back."""
+        parts = [(values[s.item] + kept_back[s.item]).reshape(-1)[s.start : s.stop] for s in segments]
+        message = torch.cat([*parts, values[0].new_empty(0)])
+        numel = len(message)
+        decoded = self._codec.decode(self._codec.encode_(message), numel, like=message)
+        for s, error in zip(segments, message.split([s.numel for s in segments]), strict=True):
+            kept_back[s.item].view(-1)[s.start : s.stop] = error
+        return list(decoded.split([s.numel for s in segments]))
+
+    def _owned(self) -> list[list[Segment]]:
+        whole = [p.low_rank and self.owners for p in self.plans]
+        return owned_segments([[p.numel] for p in self.plans], whole, self.M, self._codec.block)
+
+    def _nothing_unsent(self) -> list[list[Tensor]]:
+        return [[self.anchor[p.name].new_zeros(p.shape) for p in self.plans] for _ in range(self.M)]
 
     def _outer(self, p: ParameterPlan, plan: SyncPlan, D: Tensor, Q: Tensor | None) -> Tensor:
         outer, mu = self.config.outer, self.config.outer.momentum

@@ -44,9 +44,14 @@ KEPT = (
     Kept("error", ("e",)),
     Kept("anchor", ("e",), dense=True),
     Kept("outer_momentum", ("e",), dense=True),
+    Kept("owner_momentum", ("o",), dense=True),
     Kept("wire_error", ("e",), dense=True),
     Kept("owner_error", ("o",), dense=True),
 )
+# What an owner keeps for all replicas.
+OWNED = tuple(kept.name for kept in KEPT if "o" in kept.axes)
+# Of the outer optimizer: where every replica steps, and where the owners do.
+MOMENTA = ("outer_momentum", "owner_momentum")
 # What a lossy wire has not said yet: a run may start without it, or lay it down.
 WIRE_ERRORS = ("wire_error", "owner_error")
 BY_NAME = {kept.name: kept for kept in KEPT}

@@ -17,7 +17,7 @@ from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.finite import all_finite
-from lordo_ds.core.state import WIRE_ERRORS
+from lordo_ds.core.state import MOMENTA, WIRE_ERRORS
 from lordo_ds.errors import ConfigError, SyncError
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.model_copy import ModelCopy
@@ -132,7 +132,7 @@ class OutsideChanges:
             state = self.items[i].state
             if "anchor" in state:
                 state["anchor"].copy_(self.items[i].weight)
-            for name in ("outer_momentum", *WIRE_ERRORS):
+            for name in (*MOMENTA, *WIRE_ERRORS):
                 if name in state:
                     state[name].zero_()
             self._whole = _digest(self._whole, i, now[i in self._copies].of(i))

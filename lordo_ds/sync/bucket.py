@@ -7,7 +7,6 @@ next anchor and basis is called from here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,42 +16,15 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.codec import codec_of
 from lordo_ds.core.outer import pseudo_gradient
-from lordo_ds.core.ownership import shared_out
-from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.costs import ownership
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.republish import republish_
-from lordo_ds.sync.moments import common_moments_
+from lordo_ds.sync.at_owners import AtOwners
+from lordo_ds.sync.moments import average_moments_, common_steps_
 from lordo_ds.sync.outer_step import OuterStep
+from lordo_ds.sync.rounds import Round, Shares
 from lordo_ds.sync.two_legs import TwoLegs
-
-
-@dataclass(frozen=True)
-class Round:
-    """One sync: what is due, and which replicas its averages are over.
-
-    `gives_gradient` are those of the participants that executed the step that has just ended.
-    """
-
-    plan: SyncPlan
-    step: int
-    participants: list[int]
-    gives_gradient: list[int]
-    replica: int
-
-    @property
-    def takes_part(self) -> bool:
-        return self.replica in self.participants
-
-
-@dataclass
-class Shares:
-    """This rank's share of what the report adds up: |D_m|^2, |D|^2, the overlaps of bases, and how many they are."""
-
-    own_norm: float = 0.0
-    mean_norm: float = 0.0
-    overlaps: float = 0.0
-    refreshed: float = 0.0
 
 
 class BucketSync:
@@ -63,6 +35,8 @@ class BucketSync:
         self.outer_step = OuterStep(config, inside)
         self.codec = codec_of(config.pseudo_gradient_dtype)
         self.legs = TwoLegs(self.codec)
+        self.at_owners = AtOwners(config, bases, self.outer_step, self.codec)
+        self.work_at_owners = False  # `OuterSync.share_out` says
 
     def run_(self, bucket: Sequence[Fragment], steps: Tensor, who: Round, wire: ReplicaWire, shares: Shares) -> None:
         """D = mean of (anchor - W); W = anchor = anchor - outer(D); moments; bases from the raw D; moments in them.
@@ -72,28 +46,34 @@ class BucketSync:
             shares: added to.
         """
         anchored = [item for item in bucket if "anchor" in item.state]
-        means, own = self._mean_pseudo_gradients(anchored, who, wire)
+        flat, parts = self._own_pseudo_gradients(anchored, who)
+        if self.work_at_owners:
+            self.at_owners.run_(bucket, parts, steps, who, wire, shares)
+            return
+        own = _squared_norm(anchored, parts)
+        if wire.replicas > 1 and flat.numel():
+            if not self.codec.lossy:
+                wire.sum_(flat.div_(len(who.participants)), "pseudo_gradient")
+            else:
+                self._average_in_two_legs_(anchored, parts, who, wire)
+                own = _around(anchored, parts) if who.takes_part else 0.0
         shares.own_norm += own
-        shares.mean_norm += sum(float(m.square().sum()) for i, m in zip(anchored, means, strict=True) if i.counts)
-        self.outer_step.run_(anchored, means, who.plan, wire.replicas)
-        common_moments_(bucket, steps, who.participants, who.takes_part, who.plan, self.config, wire)
-        by_item = {id(item): mean for item, mean in zip(anchored, means, strict=True)}
+        shares.mean_norm += _squared_norm(anchored, parts)
+        self.outer_step.run_(anchored, parts, who.plan, wire.replicas)
+        common_steps_(bucket, steps, who)
+        average_moments_(bucket, steps, who, self.config, wire)
+        by_item = {id(item): mean for item, mean in zip(anchored, parts, strict=True)}
         for item in bucket if who.plan.refresh_basis else ():
             matrix = self._basis_matrix(item, by_item, who, wire)
             if matrix is None:
                 continue
-            overlap = self.bases.refresh(item, matrix, who.step)
-            if overlap is not None and self.inside.tensor.index == 0:
-                shares.overlaps += overlap
-                shares.refreshed += 1.0
+            shares.add_overlap(self.bases.refresh(item, matrix, who.step), self.inside.tensor.index == 0)
         republish_(bucket, self.inside.shard)
 
-    def _mean_pseudo_gradients(
-        self, items: list[Fragment], who: Round, wire: ReplicaWire
-    ) -> tuple[list[Tensor], float]:
-        """D of each item, averaged over the participants; and the squared norm of this replica's own."""
+    def _own_pseudo_gradients(self, items: Sequence[Fragment], who: Round) -> tuple[Tensor, list[Tensor]]:
+        """D_m of all items, and views of it, one for each; zeros where this replica does not take part."""
         if not items:
-            return [], 0.0
+            return torch.empty(0), []
         flat = items[0].weight.new_zeros(sum(item.numel for item in items))
         parts = list(flat.split([item.numel for item in items]))
         if who.takes_part:
@@ -101,15 +81,15 @@ class BucketSync:
                 pseudo_gradient(item.state["anchor"], item.weight, out=part)
                 if self.config.projection == "local":
                     item.waiting.own_pseudo_gradient = part.clone()
-        own = sum(float(part.square().sum()) for item, part in zip(items, parts, strict=True) if item.counts)
-        if wire.replicas > 1 and flat.numel():
-            if self.codec.lossy:
-                owned = shared_out([item.numel for item in items], wire.replicas, self.codec.block)
-                self.legs.mean_(items, parts, owned, who.participants, wire, "pseudo_gradient")
-                own = _around(items, parts) if who.takes_part else 0.0
-            else:
-                wire.sum_(flat.div_(len(who.participants)), "pseudo_gradient")
-        return parts, own
+        return flat, parts
+
+    def _average_in_two_legs_(
+        self, items: Sequence[Fragment], parts: Sequence[Tensor], who: Round, wire: ReplicaWire
+    ) -> None:
+        """Make this replica's D what the owners tell of the mean."""
+        owned = ownership([item.holding for item in items], wire.replicas, False, self.codec.block)
+        mean = self.legs.to_owners(parts, owned, who.participants, wire, "pseudo_gradient", items)
+        self.legs.to_all(mean.div_(len(who.participants)), parts, owned, wire, "pseudo_gradient", items)
 
     def _basis_matrix(self, item: Fragment, means: dict[int, Tensor], who: Round, wire: ReplicaWire) -> Tensor | None:
         """What the basis of this item is refreshed from at a sync; None where a sync does not refresh it."""
@@ -125,6 +105,10 @@ class BucketSync:
         if who.replica in who.gives_gradient and item.waiting.gradient is not None:
             matrix.copy_(item.waiting.gradient)
         return wire.sum_(matrix, "gradient").div_(max(1, len(who.gives_gradient)))
+
+
+def _squared_norm(items: Sequence[Fragment], parts: Sequence[Tensor]) -> float:
+    return sum(float(part.square().sum()) for item, part in zip(items, parts, strict=True) if item.counts)
 
 
 def _around(items: Sequence[Fragment], means: Sequence[Tensor]) -> float:

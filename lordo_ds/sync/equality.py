@@ -14,9 +14,9 @@ from lordo_ds.core.schedule import SyncPlan
 from lordo_ds.errors import SyncError
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.fragment import Fragment
-from lordo_ds.sync.bucket import Shares
 from lordo_ds.sync.header import Header, Trailer
 from lordo_ds.sync.report import SyncReport
+from lordo_ds.sync.rounds import Shares
 
 
 class Equality:
@@ -45,20 +45,24 @@ class Equality:
         of_rank = [shares.own_norm, shares.mean_norm, shares.overlaps, shares.refreshed, *self._gradient_energies()]
         sums = torch.tensor(of_rank, dtype=torch.float64, device=self.inside.device)
         own_norm, mean_norm, overlaps, refreshed, inside, energy = self.inside.everyone.sum_(sums, "report").tolist()
-        report.overlap = overlaps / refreshed if refreshed else None
         for item in self.items:
             item.waiting.forget_gradients()
         if wire.replicas > 1:
-            mine = Trailer(checksum(self._shared_tensors(self.items, plan)), own_norm, inside, energy)
+            told = checksum(self._shared_tensors(self.items, plan))
+            mine = Trailer(told, own_norm, mean_norm, overlaps, refreshed, inside, energy)
             trailers, _ = mine.exchange(wire, self.inside, "checksum")
             if len({one.checksum for one in trailers}) > 1:
                 culprit = self._culprit([checksum(self._shared_tensors([item], plan)) for item in self.items], wire)
                 raise SyncError(f"LoRDO: the replicas differ after the sync at step {report.step}: {culprit}")
-            parts = [(one.own_norm, one.inside_energy, one.energy) for one in trailers]
-            total_own, inside, energy = torch.tensor(parts, dtype=torch.float64).sum(0).tolist()
+            names = ("own_norm", "inside_energy", "energy", "mean_norm", "overlaps", "refreshed")
+            parts = [[getattr(one, name) for name in names] for one in trailers]
+            total_own, inside, energy, *of_all = torch.tensor(parts, dtype=torch.float64).sum(0).tolist()
+            if shares.of_owned:
+                mean_norm, overlaps, refreshed = of_all
             mean_own = total_own / max(1, report.participants)
             # Mean squared distance from the mean, by the variance identity.
             report.drift = (max(0.0, mean_own - mean_norm) / mean_norm) ** 0.5 if mean_norm > 0 else 0.0
+        report.overlap = overlaps / refreshed if refreshed else None
         report.captured_gradient_energy = inside / energy if energy > 0 else None
 
     def _gradient_energies(self) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.core.ownership import at_owners
 from lordo_ds.core.schedule import first_basis_due
 from lordo_ds.costs import Links, first_basis_bytes
 from lordo_ds.replica.bases import Bases
@@ -43,12 +44,14 @@ def first_bases_(bases: Bases, wire: ReplicaWire, step: int, executed_before: in
                 mean.copy_(item.waiting.gradient)
             wire.sum_(mean, "first_basis").div_(len(givers))
         bases.refresh(item, mean, step)
+        if at_owners(bases.config, wire.replicas) and item.has_basis:
+            wire.broadcast_(item.basis, "first_basis")  # replica 0's, however the others' hardware rounds
     bases.say(step)
 
 
 def first_bases_bytes(bases: Bases, wire: ReplicaWire) -> int:
     """Bytes that this rank sends across replicas in a step that gives all matrices their first bases."""
-    links = Links(wire.replicas, wire.twins.size)
+    links = Links(wire.replicas, wire.twins.size, wire.index, wire.twins.index)
     return first_basis_bytes(bases.config, [item.holding for item in bases.items], links, FirstBasisFlags.width())
 
 

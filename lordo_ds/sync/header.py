@@ -116,6 +116,9 @@ class Trailer(Told):
 
     checksum: int = sent_as(int)
     own_norm: float = sent_as(float)
+    mean_norm: float = sent_as(float)
+    overlaps: float = sent_as(float)
+    refreshed: float = sent_as(float)
     inside_energy: float = sent_as(float)
     energy: float = sent_as(float)
 

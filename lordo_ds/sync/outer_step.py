@@ -33,21 +33,33 @@ class OuterStep:
             items: with anchors.
             means: D of each, averaged over replicas; left as they are.
         """
-        if replicas > 1 or not plan.plain_average:  # one replica's plain average is its own weights, untouched
-            for item, update in zip(items, self._updates(items, means, plan), strict=True):
-                item.weight.copy_(item.state["anchor"])
-                item.weight.sub_(update)
-        for item in items:
+        if replicas == 1 and plan.plain_average:  # one replica's plain average is its own weights, untouched
+            for item in items:
+                item.state["anchor"].copy_(item.weight)
+        elif plan.plain_average:
+            self.apply_(items, means)
+        else:
+            self.apply_(items, self.updates(items, means, [item.state["outer_momentum"] for item in items]))
+
+    def apply_(self, items: Sequence[Fragment], updates: Sequence[Tensor]) -> None:
+        """W = anchor - update; anchor = W."""
+        for item, update in zip(items, updates, strict=True):
+            item.weight.copy_(item.state["anchor"])
+            item.weight.sub_(update)
             item.state["anchor"].copy_(item.weight)
 
-    def _updates(self, items: Sequence[Fragment], means: Sequence[Tensor], plan: SyncPlan) -> list[Tensor]:
-        if plan.plain_average:
-            return list(means)
+    def updates(self, items: Sequence[Fragment], means: Sequence[Tensor], momenta: Sequence[Tensor]) -> list[Tensor]:
+        """outer(D) of each, where it is no plain average. Collective as `run_`.
+
+        Args:
+            means: of a dense parameter also of a part of its elements.
+            momenta: of as many elements; updated.
+        """
         updates = []
-        for item, mean in zip(items, means, strict=True):
+        for item, mean, momentum in zip(items, means, momenta, strict=True):
             if self.outer.residual_gain != 1.0 and item.has_basis:
                 mean = with_residual_gain(item, mean, self.outer.residual_gain)
-            updates.append(outer_update(mean, item.state["outer_momentum"], self.outer))
+            updates.append(outer_update(mean, momentum, self.outer))
         if self.outer.orthogonalize:
             matrices = [i for i, item in enumerate(items) if item.plan.low_rank]
             results = self._orthogonalized([items[i] for i in matrices], [updates[i] for i in matrices])

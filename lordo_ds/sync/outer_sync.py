@@ -16,14 +16,14 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.ownership import shared_out
+from lordo_ds.core.ownership import at_owners
 from lordo_ds.core.schedule import SyncPlan
-from lordo_ds.costs import Links, needs_anchor, sync_bytes
+from lordo_ds.costs import Links, needs_anchor, ownership, sync_bytes
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.copies import TensorCopies, TiedCopies, TiedWeight
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.replica.outside_changes import OutsideChanges
-from lordo_ds.sync.bucket import BucketSync, Round, Shares
+from lordo_ds.sync.bucket import BucketSync
 from lordo_ds.sync.equality import Equality
 from lordo_ds.sync.faults import Condition, Faults
 from lordo_ds.sync.first_basis import first_bases_
@@ -31,6 +31,7 @@ from lordo_ds.sync.group_values import GroupValues
 from lordo_ds.sync.header import Header, Trailer
 from lordo_ds.sync.members import Members
 from lordo_ds.sync.report import RowAverager, SyncReport
+from lordo_ds.sync.rounds import Round, Shares
 
 logger = logging.getLogger("lordo_ds")
 
@@ -115,26 +116,43 @@ class OuterSync:
         for item in self.items:
             if self.needs_anchor(item.plan):
                 item.state["anchor"] = self._place(item.weight)
-            if not self.config.outer.is_plain_average:
-                item.state["outer_momentum"] = self._place(torch.zeros_like(item.weight), torch.float32)
         self.share_out()
         if not all(equal):
             logger.warning("LoRDO: the replicas %s different weights; all now have those of replica 0", came_by)
 
     def share_out(self) -> None:
-        """Which elements this replica owns, and room for what a lossy wire does not say, zero where it is new."""
-        codec = self.bucket_sync.codec
-        for bucket in self.buckets if codec.lossy and not self._alone else ():
+        """Which elements this replica owns, and room for what is kept of them, and of what a lossy wire does not say.
+
+        Zero where it is new.
+        """
+        owners = at_owners(self.config, self.wire.replicas, self.members.changing)
+        self.bucket_sync.work_at_owners = owners
+        lossy, block = self.bucket_sync.codec.lossy and not self._alone, self.bucket_sync.codec.block
+        for bucket in self.buckets if owners or lossy else ():
             items = [item for item in bucket if "anchor" in item.state]
             owned = dict.fromkeys(range(len(items)), (0, 0))
-            for one in shared_out([item.numel for item in items], self.wire.replicas, codec.block)[self.wire.index]:
+            for one in ownership([item.holding for item in items], self.wire.replicas, owners, block)[self.wire.index]:
                 owned[one.item] = one.start, one.stop
             for item, (start, stop) in zip(items, owned.values(), strict=True):
-                if "wire_error" not in item.state:
-                    item.state["wire_error"] = self._place(torch.zeros_like(item.weight), torch.float32)
-                if "owner_error" not in item.state or item.owned != (start, stop):
-                    item.state["owner_error"] = self._place(item.weight.new_zeros(stop - start), torch.float32)
+                anew = item.owned != (start, stop)
                 item.owned = start, stop
+                if lossy and "wire_error" not in item.state:
+                    item.state["wire_error"] = self._zeros(item.weight)
+                for name, wanted in (("owner_error", lossy), ("owner_momentum", owners and self._has_momentum)):
+                    if wanted and (anew or name not in item.state):
+                        item.state[name] = self._zeros(item.weight[start:stop])
+        for item in self.items if self._has_momentum else ():
+            if owners:
+                item.state.pop("outer_momentum", None)
+            elif "outer_momentum" not in item.state:
+                item.state["outer_momentum"] = self._zeros(item.weight)
+
+    @property
+    def _has_momentum(self) -> bool:
+        return not self.config.outer.is_plain_average
+
+    def _zeros(self, like: Tensor) -> Tensor:
+        return self._place(torch.zeros_like(like), torch.float32)
 
     def _equalise(self, group: Comm) -> bool:
         """Give all ranks of the group the weights of the first; whether they were equal before."""

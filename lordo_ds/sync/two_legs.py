@@ -1,16 +1,16 @@
-"""A mean over replicas in two legs: all send each owner what is its to add up, and it tells all what came of it.
+"""Sums over replicas in two legs: all send each owner what is its to add up, and it tells all what came of it.
 
 An all-reduce is just that. Here the messages may be in fewer bits (`lordo_ds.core.codec`), and nothing is lost for
 good: what a message leaves out is kept by its sender and added to the next one, on both legs. All replicas, the owner
 too, go on from what the second message says, so that they are equal bit by bit on whatever hardware.
 
 The errors are in the state of each parameter: `wire_error` is what this replica's D has not been told of yet, one value
-per element; `owner_error` what the replicas have not been told of the means, of the elements that this one owns.
+per element; `owner_error` what the owner has not told the replicas yet, of the elements that this one owns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,50 +24,31 @@ Owned = Sequence[Sequence[Segment]]
 
 
 class TwoLegs:
-    """Between the replicas, for the parameters of one bucket at a time; each rank with those that hold the same part.
+    """Between the replicas, for some vectors at a time; each rank with those that hold the same part.
 
-    `owned` are the segments of every replica, see `lordo_ds.core.ownership`.
+    Of both legs, `parts` are the vectors of this replica, `owned` the segments of every replica in them, and `items`
+    the parameters that keep the errors of a lossy codec, one for each vector.
     """
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
 
-    def mean_(
+    def to_owners(
         self,
-        items: Sequence[Fragment],
         parts: Sequence[Tensor],
         owned: Owned,
         participants: Sequence[int],
         wire: ReplicaWire,
         kind: str,
-    ) -> None:
-        """Replace this replica's D by the mean over the participants, as far as the messages say it. Collective.
+        items: Sequence[Fragment] = (),
+        look_at: Callable[[Tensor], None] = lambda said: None,
+    ) -> Tensor:
+        """The sum over the participants of what this replica owns, its segments one after the other. Collective.
 
         Args:
-            parts: D of each item, (numel,); not looked at where this replica does not take part.
+            parts: not looked at where this replica does not take part.
+            look_at: called with what each participant says.
         """
-        mine = owned[wire.index]
-        mean = self.to_owner(items, parts, owned, participants, wire, kind)
-        self._add_errors_(mean, items, mine, "owner_error")
-        message = self.codec.encode_(mean)
-        self._keep_errors(mean, items, mine, "owner_error")
-        width = parts[0].element_size()
-        lengths = [self.codec.message_bytes(numel_of(segments), width) for segments in owned]
-        for segments, told in zip(owned, wire.spread(message, lengths, kind), strict=True):
-            decoded = self.codec.decode(told, numel_of(segments), like=mean)
-            for segment, values in _split(decoded, segments):
-                parts[segment.item][segment.start : segment.stop] = values
-
-    def to_owner(
-        self,
-        items: Sequence[Fragment],
-        parts: Sequence[Tensor],
-        owned: Owned,
-        participants: Sequence[int],
-        wire: ReplicaWire,
-        kind: str,
-    ) -> Tensor:
-        """The first leg: the mean of what this replica owns, its segments one after the other. Collective."""
         like, width = parts[0], parts[0].element_size()
         messages = []
         for segments in owned:
@@ -76,27 +57,54 @@ class TwoLegs:
                 messages.append(torch.zeros(length, dtype=torch.uint8, device=like.device))
                 continue
             values = torch.cat([like.new_empty(0), *(parts[s.item][s.start : s.stop] for s in segments)])
-            self._add_errors_(values, items, segments, "wire_error")
-            messages.append(self.codec.encode_(values))
-            self._keep_errors(values, items, segments, "wire_error")
+            messages.append(self._encoded(values, segments, items, "wire_error"))
         numel = numel_of(owned[wire.index])
         arriving = [self.codec.message_bytes(numel, width)] * wire.replicas
         told = wire.swap(messages, arriving, kind)
-        mean = like.new_zeros(numel)
+        total = like.new_zeros(numel)
         for m in participants:  # always in this order
-            mean += self.codec.decode(told[m].to(like.device), numel, like=like)
-        return mean.div_(len(participants))
+            said = self.codec.decode(told[m], numel, like=like)
+            look_at(said)
+            total += said
+        return total
 
-    def _add_errors_(self, values: Tensor, items: Sequence[Fragment], segments: Sequence[Segment], name: str) -> None:
-        for segment, part in _split(values, segments) if self.codec.lossy else ():
-            part.add_(_kept(items[segment.item], segment, name).to(part.device, non_blocking=True))
+    def to_all(
+        self,
+        values: Tensor,
+        parts: Sequence[Tensor],
+        owned: Owned,
+        wire: ReplicaWire,
+        kind: str,
+        items: Sequence[Fragment] = (),
+    ) -> None:
+        """Fill all parts with what their owners tell, a lossy codec as far as the messages say it. Collective.
 
-    def _keep_errors(self, values: Tensor, items: Sequence[Fragment], segments: Sequence[Segment], name: str) -> None:
-        for segment, part in _split(values, segments) if self.codec.lossy else ():
-            _kept(items[segment.item], segment, name).copy_(part)
+        Args:
+            values: of what this replica owns, its segments one after the other; overwritten.
+        """
+        width = values.element_size()
+        message = self._encoded(values, owned[wire.index], items, "owner_error")
+        arriving = [self.codec.message_bytes(numel_of(segments), width) for segments in owned]
+        for segments, told in zip(owned, wire.spread(message, arriving, kind), strict=True):
+            decoded = self.codec.decode(told, numel_of(segments), like=values)
+            for segment, one in split(decoded, segments):
+                parts[segment.item][segment.start : segment.stop] = one
+
+    def _encoded(self, values: Tensor, segments: Sequence[Segment], items: Sequence[Fragment], error: str) -> Tensor:
+        """The message of values and of what earlier ones have not said; `values` is used up."""
+        if not self.codec.lossy:
+            return self.codec.encode_(values)
+        pairs = [(_kept(items[segment.item], segment, error), part) for segment, part in split(values, segments)]
+        for kept, part in pairs:
+            part.add_(kept.to(part.device, non_blocking=True))
+        message = self.codec.encode_(values)
+        for kept, part in pairs:
+            kept.copy_(part)
+        return message
 
 
-def _split(values: Tensor, segments: Sequence[Segment]) -> list[tuple[Segment, Tensor]]:
+def split(values: Tensor, segments: Sequence[Segment]) -> list[tuple[Segment, Tensor]]:
+    """Views of the segments' values, which lie one after the other."""
     return list(zip(segments, values.split([segment.numel for segment in segments]), strict=True))
 
 

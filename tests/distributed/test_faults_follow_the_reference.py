@@ -27,6 +27,9 @@ OUTERS: list[dict[str, Any]] = [
     {"lr": 0.5, "momentum": 0.3, "nesterov": False},
     {"momentum": 0.5, "orthogonalize": True},
     {"momentum": 0.5, "orthogonalize": True, "residual_gain": 2.0},
+    {"momentum": 0.5, "orthogonalize": True, "residual_gain": 2.0, "compute": "owner"},
+    {"lr": 0.7, "momentum": 0.7, "compute": "owner"},
+    {"compute": "owner"},
 ]
 Faults = AbstractSet[tuple[int, int]]  # (attempted step, replica)
 
@@ -56,6 +59,8 @@ def drawn_settings(draw: random.Random) -> dict[str, Any]:
     }
     if settings["projection"] == "local":
         settings["outer"] = {key: value for key, value in settings["outer"].items() if key != "residual_gain"}
+    if settings["projection"] == "local" or settings["basis_source"] == "gradient":
+        settings["outer"] = {key: value for key, value in settings["outer"].items() if key != "compute"}
     if settings["basis_source"] == "complement" and settings["qh_mode"] in ("low_rank", "none"):
         settings["qh_mode"] = "full_rank"
     return settings

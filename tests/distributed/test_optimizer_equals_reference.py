@@ -51,6 +51,29 @@ CASES: dict[str, dict[str, Any]] = {
     "all_dense": {"low_rank": {"exclude": [".*"]}, "outer": OUTER},
     "every_step": {"sync_interval": 1},
     "small_buckets": {"_bucket_numel": 50},
+    "owners": {"outer": {"compute": "owner"}},
+    "owners_spectral": {"qh_mode": "factored", "omega": 0.9, "outer": {**SPECTRAL, "compute": "owner"}},
+    "owners_eigh": {"basis_update": "eigh", "error_feedback": "fp32", "outer": {**OUTER, "compute": "owner"}},
+    "owners_complement": {
+        "basis_source": "complement",
+        "error_feedback": "fp32",
+        "rank": 2,
+        "outer": {"compute": "owner"},
+    },
+    "owners_moments_less_often": {"moment_sync_interval": [3, 6], "outer": {**OUTER, "compute": "owner"}},
+    "owners_squares_oftener": {"moment_sync_interval": [6, 3], "outer": {**OUTER, "compute": "owner"}},
+    "owners_moments_never": {"moment_sync_interval": "never", "outer": {**OUTER, "compute": "owner"}},
+    "owners_dense_moments": {"average_dense_moments": True, "outer": {**OUTER, "compute": "owner"}},
+    "owners_warm_up": {"sync_warmup_steps": 4, "qh_mode": "factored", "outer": {**SPECTRAL, "compute": "owner"}},
+    "owners_all_dense": {"low_rank": {"exclude": [".*"]}, "outer": {**OUTER, "compute": "owner"}},
+    "owners_small_buckets": {"_bucket_numel": 50, "outer": {**SPECTRAL, "compute": "owner"}},
+    "owners_int8_wire": {"pseudo_gradient_dtype": "int8", "outer": {**SPECTRAL, "compute": "owner"}},
+    "owners_sparse_wire": {
+        "pseudo_gradient_dtype": {"top_k": 8, "block": 64},
+        "sync_warmup_steps": 2,
+        "outer": {**OUTER, "compute": "owner"},
+    },
+    "everyone_spectral": {"qh_mode": "factored", "outer": {**SPECTRAL, "compute": "everyone"}},
     "bf16_wire": {"pseudo_gradient_dtype": "bf16", "outer": OUTER},
     "int8_wire": {"pseudo_gradient_dtype": "int8"},
     "int8_wire_spectral": {"pseudo_gradient_dtype": "int8", "preset": "recommended", "sync_warmup_steps": 2},
@@ -93,6 +116,7 @@ def _rebucket(optimizer: LoRDO, bucket_numel: int) -> None:
     old = optimizer.sync
     assert old is not None and optimizer._steps is not None
     optimizer.sync = OuterSync(optimizer.config, old.items, old.wire, old.inside, bucket_numel=bucket_numel)
+    optimizer.sync.share_out()
     optimizer._steps.bases = optimizer.sync.bases
     assert len(optimizer.sync.buckets) > 2
 

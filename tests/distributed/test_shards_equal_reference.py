@@ -43,6 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
         "residual_weight": 0.25,
         "outer": {"momentum": 0.7, "orthogonalize": True, "residual_gain": 2.0},
     },
+    "owners": {
+        "qh_mode": "factored",
+        "moment_sync_interval": [3, 6],
+        "outer": {"momentum": 0.7, "orthogonalize": True, "residual_gain": 2.0, "compute": "owner"},
+    },
     "eigh": {"basis_update": "eigh"},
     "svd_rank_above_the_smaller_side": {"basis_update": "svd", "rank": 64},
     "complement": {"basis_source": "complement", "error_feedback": "fp32", "rank": 2},
@@ -231,7 +236,7 @@ Key = tuple[str, str, torch.dtype]
 
 def keys_of(name: str, shards: int, tensor: int = 1, sliced: str = "usual") -> list[Key]:
     """One shard has nothing to cut. Where elements go is the same in every precision: odd cuts and slices are fp64."""
-    cut_oddly = ("paper", "factored_error_feedback", "spectral") if tensor == 1 else ("spectral",)
+    cut_oddly = ("paper", "factored_error_feedback", "spectral", "owners") if tensor == 1 else ("spectral", "owners")
     odd = CUTS[1:] if shards > 1 and name in cut_oddly else ()
     dtypes = (torch.float64, torch.float32) if sliced == "usual" else (torch.float64,)
     return [(name, "equal", dtype) for dtype in dtypes] + [(name, kind, torch.float64) for kind in odd]

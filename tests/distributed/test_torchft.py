@@ -248,6 +248,20 @@ def assert_all_equal(found: dict[int, Story]) -> None:
         assert all(torch.equal(story.end[name], first[name]) for name in first)
 
 
+def test_where_the_owners_compute_the_momentum_of_one_that_dies_starts_again() -> None:
+    owners = {"outer": {"momentum": 0.7, "compute": "owner"}}
+    world = World({0, 1, 2}, dies_in_collective={2: 16})
+    found = in_threads(world, {m: start(world, m, **owners) for m in range(3)})
+    assert sorted(found) == [0, 1] and found[0].sizes[STEPS] == 2
+    assert_all_equal(found)
+    found = joined_at_6(dies_in_it=False, **owners)
+    assert found[2].sizes[7] == 3
+    world = World({0, 1, 2})
+    found = in_threads(world, {m: start(world, m, **owners) for m in range(3)})
+    for name, weight in by_reference(3, STEPS, outer={"momentum": 0.7}).items():
+        torch.testing.assert_close(found[0].end[name], weight, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("wire", WIRES)
 def test_under_a_quorum_of_all_the_trajectory_is_the_reference(wire: str) -> None:
     world = World({0, 1, 2})

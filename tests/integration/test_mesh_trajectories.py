@@ -32,6 +32,8 @@ pytestmark = [
 MODELS = {"tied": TIED, "untied": UNTIED}
 STEPS, MICRO_BATCHES = 7, 2  # two syncs, and a step on what the second one left
 LORDO = {"lr": 0.02, "eps": 1e-2, "rank": 8, "sync_interval": 3, "preset": "recommended", "weight_decay": 0.01}
+# Two replicas step on both by themselves; here each matrix on its owner.
+OWNERS = {"compute": "owner"}
 
 
 Layout = tuple[int, int, int, int]
@@ -49,7 +51,7 @@ def train(tensor: int, pipe: int, shards: int, stage: int, model: str) -> dict[s
         "gradient_accumulation_steps": MICRO_BATCHES // shards,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "optimizer": {"type": "LoRDO", "params": {**LORDO, "replica_size": shards}},
+        "optimizer": {"type": "LoRDO", "params": {**LORDO, "replica_size": shards, "outer": OWNERS}},
         "steps_per_print": 10**9,
     }
     module, mpu = build_module(MODELS[model], torch.float32, pipe)

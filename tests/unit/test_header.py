@@ -22,7 +22,7 @@ HEADER = Header(
 )  # fmt: skip
 WIRE = {
     "header": (HEADER, [20, 3, 2, 1, 19, 0, -(1 << 62) - 1, 7, 8, 2, *map(bits, SIZES_TOLD)]),
-    "trailer": (Trailer(-5, 0.1, 0.2, 0.3), [-5, bits(0.1), bits(0.2), bits(0.3)]),
+    "trailer": (Trailer(-5, 0.1, 0.2, 0.3, 4.0, 0.5, 0.6), [-5, *map(bits, (0.1, 0.2, 0.3, 4.0, 0.5, 0.6))]),
     "first basis": (FirstBasisFlags(1, True, 0, True), [1, 1, 0, 1]),
     "one rank": (RankCondition(False, 9, SIZES_TOLD), [0, 9, *map(bits, SIZES_TOLD)]),
 }

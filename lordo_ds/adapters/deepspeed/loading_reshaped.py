@@ -26,7 +26,7 @@ from lordo_ds.checkpoint.reshaped_run import ReshapedRun, check_settings, with_r
 from lordo_ds.checkpoint.run import EngineState, SavedParameter, SavedRun
 from lordo_ds.comm.agreement import agreed
 from lordo_ds.comm.groups import ReplicaGroups, of_all_ranks
-from lordo_ds.core.state import PLAIN_VALUES
+from lordo_ds.core.state import MOMENTA, OWNED, PLAIN_VALUES
 from lordo_ds.errors import CheckpointError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.replica.fragment import Fragment
@@ -148,12 +148,22 @@ def _fill_optimizer(optimizer: LoRDO, run: ReshapedRun, here: Header, replica: i
     for fragment in optimizer.sync.items:
         layout = layouts[fragment.plan.name]
         state = run.state(layout.name, replica)
-        if "owner_error" in state and replica:
-            state["owner_error"] = run.state(layout.name, 0)["owner_error"]
+        state = _of_owners(state, run, layout.name, replica)
         if layout.low_rank:
             wanted = SavedParameter(layout.name, layout.whole_shape, True, layout.side, layout.rank)
             state = with_rank(state, wanted)
         _fill_fragment(fragment, state, Place(layout, fragment.intervals, here.mesh.shard, here.mesh.slice))
+
+
+def _of_owners(state: State, run: ReshapedRun, name: str, replica: int) -> State:
+    """With what the owners kept, of all elements, and as the momentum that this run keeps, wherever it steps."""
+    owned = [key for key in OWNED if key in state]
+    if owned:
+        state = {**state, **{key: run.state(name, 0)[key] for key in owned}}
+    for kept, other in (MOMENTA, MOMENTA[::-1]):
+        if kept not in state and other in state:
+            state = {**state, kept: state[other]}
+    return state
 
 
 def _fill_fragment(fragment: Fragment, state: State, place: Place) -> None:
