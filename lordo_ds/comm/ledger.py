@@ -1,7 +1,8 @@
-"""Bytes that a rank sent across replicas, by kind, since start and in the last sync."""
+"""What a rank sent in a group, and how long it was blocked by that, by kind."""
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 
@@ -27,17 +28,30 @@ def data_parallel_bytes(gradient_bytes: int, replicas: int, replica_size: int) -
 
 
 class ByteLedger:
-    """Counts bytes sent across replicas by kind ("pseudo_gradient", "exp_avg", "header", ...)."""
+    """Counts by kind ("pseudo_gradient", "exp_avg", "header", ...) what a rank sent in one group. From any thread.
+
+    `by_kind` are bytes since the start of the run, saved and restored with it; `seconds_by_kind` the wall clock for
+    which the threads that sent or received were blocked, since the start of this process.
+    """
 
     def __init__(self) -> None:
         self.by_kind: Counter[str] = Counter()
+        self.seconds_by_kind: dict[str, float] = {}
+        self._lock = threading.Lock()
 
-    def add(self, kind: str, sent_bytes: int) -> None:
-        self.by_kind[kind] += sent_bytes
+    def add(self, kind: str, sent_bytes: int, seconds: float = 0.0) -> None:
+        with self._lock:
+            if sent_bytes:  # a rank that only receives a broadcast sends nothing
+                self.by_kind[kind] += sent_bytes
+            self.seconds_by_kind[kind] = self.seconds_by_kind.get(kind, 0.0) + seconds
 
     @property
     def total_bytes(self) -> int:
-        return sum(self.by_kind.values())
+        return sum(list(self.by_kind.values()))
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(list(self.seconds_by_kind.values()), 0.0)
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.by_kind)
