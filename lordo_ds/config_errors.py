@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -21,6 +21,9 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "error_feedback": ('must be false, "bf16" or "fp32"', ('"bf16"', '"fp32"', "false")),
     "low_rank.include": ("must be a list of regular expressions", ('[".*"]',)),
     "low_rank.exclude": ("must be a list of regular expressions", ('[".*"]',)),
+    "wire_throttle": ('must be null or such as {"mbit_per_s": 100, "latency_ms": 10}', ('{"mbit_per_s": 100}', "null")),
+    "wire_throttle.mbit_per_s": ("must be a number > 0", ("100",)),
+    "wire_throttle.latency_ms": ("must be a number >= 0", ("0",)),
 }
 # Names that other optimizers and papers use for ours.
 _ALIASES = {
@@ -46,11 +49,14 @@ def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> st
     kind, context, value = complaint["type"], complaint.get("ctx", {}), complaint["input"]
     where = f"LoRDO: {prefix}{key}"
     if kind == "extra_forbidden":
-        block: Any = config
+        block = config
         for part in path[:-1]:
-            block = config.model_fields[str(part)].annotation
+            block = _block(config.model_fields[str(part)].annotation)
         nearest = _ALIASES.get(str(path[-1])) or _nearest_name(str(path[-1]), list(block.model_fields))
         return f'{where} = {value!r} is not a known key: did you mean "{nearest}"?'
+    if kind == "missing" and isinstance(path[-1], str):  # a key of a block; a list that is too short has a form
+        rule, legal = _FORMS.get(".".join(map(str, path)), ("must be given", ("null",)))
+        return f"{where} is missing in {value!r}: it {rule} (nearest: {legal[-1]})"
     if kind == "value_error" and key != "error_feedback":
         message = str(context["error"])
         if not key:
@@ -64,6 +70,12 @@ def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> st
         rule, nearest = _rule(kind, context, value, complaint["msg"])
         nearest = nearest or _default(config, path)
     return f"{where} = {value!r} {rule} (nearest: {nearest})"
+
+
+def _block(annotation: Any) -> type[BaseModel]:
+    """The block that a key holds, or may hold beside plain values."""
+    kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+    return next(kind for kind in kinds if issubclass(kind, BaseModel))
 
 
 def _nearest_name(name: str, legal: list[str]) -> str:

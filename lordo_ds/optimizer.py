@@ -120,7 +120,7 @@ class LoRDO(torch.optim.Optimizer):
         with self.watchdog.starting():
             flats = alone.agreed_tensors(self, self.config, self.param_groups, self._model)
             device = flats[0].tensor.device if flats else torch.device("cpu")
-            wire, inside = alone.replicas_of_torch(self.config.replica_size, device)
+            wire, inside = alone.replicas_of_torch(self.config, device)
         alone.prepare(self._model, flats, wire, inside, resuming)
         self.attach(flats, wire, inside, resuming=resuming)
         assert self.sync is not None

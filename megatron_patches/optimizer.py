@@ -173,7 +173,7 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
     facts = named_facts(model, groups.tensor_size)
     flats = [FlatTensor.of_one(tensors[parameter], fact) for parameter, fact in facts.items() if parameter in tensors]
     device = flats[0].tensor.device
-    wire, inside = connect(groups, device, sharded=False)
+    wire, inside = connect(groups, device, lordo.config.wire_throttle, sharded=False)
     equalise_untrained(model, tensors.keys(), wire, device)
     lordo.attach(flats, wire, inside, _tied(model, facts))
 

@@ -24,7 +24,7 @@ class InsideComm(Comm):
             return rows[0]
         device = self._device(rows)
         sent_bytes = rows.numel() * rows.element_size() * (self.size - 1) // self.size
-        with self._sending(kind, sent_bytes):
+        with self._sending(kind, sent_bytes, hops=self.size - 1):
             mine = torch.empty_like(rows[0], device=device)
             dist.reduce_scatter_tensor(mine, rows.to(device).contiguous().view(-1), group=self.group)
             return mine.to(rows.device)

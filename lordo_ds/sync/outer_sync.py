@@ -16,7 +16,7 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.core.schedule import SyncPlan, sync_plan
 from lordo_ds.costs import Links, needs_anchor, sync_bytes
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.copies import TensorCopies, TiedCopies, TiedWeight
@@ -30,6 +30,7 @@ from lordo_ds.sync.group_values import GroupValues
 from lordo_ds.sync.header import Header, Trailer
 from lordo_ds.sync.members import Members
 from lordo_ds.sync.report import RowAverager, SyncReport
+from lordo_ds.sync.throttle import throttle, warn_of_throttle
 
 logger = logging.getLogger("lordo_ds")
 
@@ -73,6 +74,7 @@ class OuterSync:
         self.last_synced_step = 0
         self.last_report: SyncReport | None = None
         self.rows = RowAverager()
+        throttle(config, wire)
 
     # -- the replicas --------------------------------------------------------------------------------
 
@@ -82,6 +84,7 @@ class OuterSync:
         Anchors are made that one replica of its own does without.
         """
         self.wire, self.members = wire, members
+        throttle(self.config, wire)
         self.bases.each_replica_its_own = self._each_replica_its_own()
         self.faults.use_wire(wire, members)
         for item in self.items:
@@ -105,6 +108,9 @@ class OuterSync:
             came_by: how the replicas came by their weights, for the message.
             resuming: a saved state comes next, and with it the anchors; every replica keeps the weights that it has.
         """
+        if self.inside.everyone.index == 0:
+            ordinary = sync_plan(self.config, self.config.sync_interval)
+            warn_of_throttle(self.config, self.wire, self.predicted_bytes(ordinary, rows=0, row_length=0))
         # Those of one replica first: only equal ones may divide what crosses replicas.
         equal = [self._equalise(group) for group in (self.wire.twins, self.wire) if not resuming]
         if not self.tensor_copies.start_():
