@@ -87,7 +87,9 @@ def lordo_optimizer(
     _attach(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
     wrapper.refresh_model()
     _watch(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
-    wrapper.handle = TrainingHandle(lordo, replicas, _gradient_bytes(chunk), wrapper.take_over)
+    wrapper.handle = TrainingHandle(
+        lordo, replicas, _gradient_bytes(chunk), chunk.buffers[0].grad_dtype, wrapper.take_over
+    )
     wrapper.samples = SampleCheck(chunk, first_stage=parallel_state.is_pipeline_first_stage())
     refuse_between_syncs(lordo)
     wrapper.check_loop = _keep_tokens_inside(get_model_config(chunk), replicas)

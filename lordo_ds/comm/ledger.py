@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 
 def reduction_bytes(payload_bytes: int, replicas: int) -> int:
@@ -25,6 +27,38 @@ def data_parallel_bytes(gradient_bytes: int, replicas: int, replica_size: int) -
     if replicas == 1:
         return reduction_bytes(gradient_bytes, replica_size)
     return reduction_bytes(-(-gradient_bytes // replica_size), replicas)
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Bytes sent and seconds blocked, by kind; kinds of which there was nothing are left out."""
+
+    bytes: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, ledgers: Iterable[ByteLedger]) -> Amounts:
+        """All that these have counted, together."""
+        sent, seconds = Counter[str](), dict[str, float]()
+        for ledger in ledgers:
+            sent.update(dict(ledger.by_kind))
+            for kind, blocked in dict(ledger.seconds_by_kind).items():  # a copy: another thread may enter a new kind
+                seconds[kind] = seconds.get(kind, 0.0) + blocked
+        return cls(dict(sent), seconds)
+
+    def since(self, before: Amounts) -> Amounts:
+        """What came after that."""
+        sent = {kind: count - before.bytes.get(kind, 0) for kind, count in self.bytes.items()}
+        seconds = {kind: blocked - before.seconds.get(kind, 0.0) for kind, blocked in self.seconds.items()}
+        return Amounts({k: v for k, v in sent.items() if v}, {k: v for k, v in seconds.items() if v})
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
 
 
 class ByteLedger:

@@ -31,6 +31,7 @@ from lordo_ds.sync.header import Header, Trailer
 from lordo_ds.sync.members import Members
 from lordo_ds.sync.report import RowAverager, SyncReport
 from lordo_ds.sync.throttle import throttle, warn_of_throttle
+from lordo_ds.sync.traffic import REPLICAS, Counted, Traffic, counted_by_axis, ledgers_inside
 
 logger = logging.getLogger("lordo_ds")
 
@@ -74,6 +75,7 @@ class OuterSync:
         self.last_synced_step = 0
         self.last_report: SyncReport | None = None
         self.rows = RowAverager()
+        self.traffic = Traffic()
         throttle(config, wire)
 
     # -- the replicas --------------------------------------------------------------------------------
@@ -178,7 +180,8 @@ class OuterSync:
         Raises:
             SyncError: the replicas differ where they must not, or too few were finite too many times in a row.
         """
-        began, sent_before = time.perf_counter(), self.wire.ledger.total_bytes
+        ledger = self.wire.ledger
+        began, sent_before, blocked_before = time.perf_counter(), ledger.total_bytes, ledger.total_seconds
         report = self.last_report = SyncReport(step, self.wire.replicas, 0)
         headers, steps, fit = self._exchange_headers(report, executed_steps, executed_now)
         participants = self.faults.participants(fit, report)
@@ -199,7 +202,8 @@ class OuterSync:
         self.last_synced_step = step
         self.equality.finish(plan, report, shares, self.wire)
         report.seconds = time.perf_counter() - began
-        report.bytes_sent = self.wire.ledger.total_bytes - sent_before
+        report.seconds_blocked = ledger.total_seconds - blocked_before
+        report.bytes_sent = ledger.total_bytes - sent_before
         return common_executed
 
     def _exchange_headers(
@@ -254,6 +258,15 @@ class OuterSync:
         """Average the recorded rows now, apart from a sync. Collective."""
         shapes = None if self.wire.steps_alike else self.wire.gather(self.inside.vector([*self.rows.shape]), "header")
         self.rows.reduce(self.wire, self.inside, shapes)
+
+    def end_step(self, step: int) -> None:
+        """What was sent so far belongs to this attempted step and those before it."""
+        self.traffic.end_step(step, synced=0 < step == self.last_synced_step, counted=self.counted())
+
+    def counted(self) -> Counted:
+        """What this rank has sent so far, and how long that blocked it, by axis: `replicas` and those inside one."""
+        inside = ledgers_inside(self.wire, self.inside, self.tied_copies)
+        return counted_by_axis({REPLICAS: [self.wire.ledger], **inside})
 
     def predicted_bytes(self, plan: SyncPlan, rows: int, row_length: int) -> int:
         """Bytes that this rank sends across replicas in an ordinary sync (all replicas take part)."""

@@ -81,7 +81,10 @@ def test_a_sync_takes_as_long_as_on_such_a_link_and_a_step_between_two_is_not_he
     for held in runs(replica_size)["held"]:
         expected = [modelled_s(records) for records in held["crossing"]]
         assert [seconds > 0.1 for seconds in expected] == [True, True, False, True, False], expected
-        assert all(took >= seconds for took, seconds in zip(held["seconds"], expected, strict=True))
+        for step, (seconds, took, status) in enumerate(zip(expected, held["seconds"], held["status"], strict=True), 1):
+            blocked = status["last_step"]["seconds_blocked"]["replicas"]
+            assert seconds <= sum(blocked.values()) <= took, f"step {step}"
+            assert bool(blocked) == (seconds > 0), f"step {step}"
         freely = min(free["seconds"][step] for free in runs(replica_size)["free"] for step in (1, 3))
         assert freely < min(expected[1], expected[3]), "without a throttle"
 
@@ -90,10 +93,30 @@ def test_a_sync_takes_as_long_as_on_such_a_link_and_a_step_between_two_is_not_he
 def test_what_travels_and_what_comes_of_it_are_the_same(replica_size: int) -> None:
     for free, held in zip(*runs(replica_size).values(), strict=True):
         for before, after in zip(free["status"], held["status"], strict=True):
-            for key in ("bytes_sent", "bytes_sent_total", "bytes_inside"):
+            for key in ("bytes_sent", "bytes_sent_total", "bytes_inside", "bytes_per_step"):
                 assert before[key] == after[key], key
+            assert before["last_step"]["bytes"] == after["last_step"]["bytes"]
         assert held["status"][1]["last_sync"]["bytes_sent"] == held["predicted"] == free["predicted"]
         assert all(torch.equal(a, b) for a, b in zip(free["weights"], held["weights"], strict=True))
+
+
+def test_status_tells_bytes_and_blocked_seconds_of_steps_rounds_and_other_methods() -> None:
+    for rank in runs(1)["held"]:
+        first, second, third, fourth, _ = rank["status"]
+        sent = [sum(status["last_step"]["bytes"]["replicas"].values()) for status in rank["status"]]
+        assert sent[2] == sent[4] == 0 and sent[0] == first["bytes_sent_total"]
+        assert sent[0] + sent[1] == second["bytes_sent_total"] == third["bytes_sent_total"]
+        assert second["bytes_per_step"] == third["bytes_per_step"] == second["bytes_sent_total"] / 2
+        assert sent[3] == rank["predicted"] == 2 * fourth["bytes_per_step"]
+        report = fourth["last_sync"]
+        assert report["seconds_blocked"] <= report["seconds"]
+        assert fourth["seconds_blocked_per_step"] == pytest.approx(report["seconds_blocked"] / 2)
+        assert fourth["seconds_blocked_total"] == pytest.approx(sum(fourth["seconds_blocked"].values()))
+        elements, coordinates = 24 * 16 + 8 * 30 + 11, 2 * (24 + 30) + 11
+        assert fourth["other_methods_dtype"] == "float32"
+        assert fourth["other_methods_bytes_per_step"] == {
+            "adamw_ddp": 4 * elements, "low_rank_ddp": 4 * coordinates, "diloco": 4 * elements / INTERVAL,
+        }  # fmt: skip
 
 
 def one_slow_sum() -> float:

@@ -101,6 +101,10 @@ def test_ranks_of_a_replica_are_equal_and_replicas_differ_between_syncs(stage: i
             assert torch.equal(weight.to(a_low[name].dtype), a_low[name]), f"step {step}, {name}"
     assert first["status"]["replicas"] == 2 and first["status"]["shard_size"] == 2
     assert first["dp_world_size"] == 2
+    others = first["status"]["other_methods_bytes_per_step"]
+    assert others["adamw_ddp"] == first["status"]["ddp_bytes_per_step"] == 3 * others["diloco"]
+    assert first["status"]["other_methods_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    assert 0 < others["low_rank_ddp"] < others["adamw_ddp"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lordo_ds.comm.ledger import ByteLedger, data_parallel_bytes, gather_bytes, reduction_bytes
+from lordo_ds.comm.ledger import Amounts, ByteLedger, data_parallel_bytes, gather_bytes, reduction_bytes
+from lordo_ds.sync.traffic import Traffic, counted_by_axis
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,6 +59,62 @@ def test_threads_may_enter_what_they_send_at_once() -> None:
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(enter, range(4)))
     assert (ledger.total_bytes, ledger.total_seconds) == (80_000, 80_000.0)
+
+
+# -- steps and rounds --------------------------------------------------------------------------------
+
+
+def test_what_is_counted_belongs_to_the_step_that_ends_next_and_to_its_round() -> None:
+    wire, shard, traffic = ByteLedger(), ByteLedger(), Traffic()
+
+    def end(step: int, synced: bool) -> dict[str, Amounts]:
+        traffic.end_step(step, synced, counted_by_axis({"replicas": [wire], "shard": [shard]}))
+        return traffic.last_step
+
+    assert (traffic.bytes_per_step, traffic.blocked_per_step_s) == (0.0, 0.0)
+    wire.add("start", 100, 1.0)
+    shard.add("basis", 7, 0.125)
+    assert end(1, synced=False) == {"replicas": Amounts({"start": 100}, {"start": 1.0}),
+                                    "shard": Amounts({"basis": 7}, {"basis": 0.125})}  # fmt: skip
+    assert (traffic.bytes_per_step, traffic.blocked_per_step_s) == (100.0, 1.0), "of the steps so far"
+    assert end(2, synced=False) == {"replicas": Amounts(), "shard": Amounts()}
+    wire.add("header", 20, 2.0)
+    assert end(3, synced=True)["replicas"] == Amounts({"header": 20}, {"header": 2.0})
+    assert (traffic.bytes_per_step, traffic.blocked_per_step_s) == (40.0, 1.0)
+    end(4, synced=False)
+    assert traffic.bytes_per_step == 40.0, "the last round is the one that has ended"
+    wire.add("header", 30, 4.0)
+    assert end(5, synced=True)["replicas"].bytes == {"header": 30}
+    assert (traffic.bytes_per_step, traffic.blocked_per_step_s) == (15.0, 2.0)
+
+
+def test_a_final_sync_is_part_of_the_step_before_it() -> None:
+    wire, traffic = ByteLedger(), Traffic()
+    for step, sent in ((1, 10), (2, 20)):
+        wire.add("header", sent)
+        traffic.end_step(step, False, counted_by_axis({"replicas": [wire]}))
+    wire.add("header", 40)
+    for _ in range(2):  # asked for again, it syncs no more
+        traffic.end_step(2, True, counted_by_axis({"replicas": [wire]}))
+        assert traffic.last_step["replicas"].bytes == {"header": 60} and traffic.bytes_per_step == 35.0
+
+
+def test_a_run_that_goes_on_counts_its_own_steps_only() -> None:
+    wire = ByteLedger()
+    wire.load_state_dict({"header": 1000})
+    traffic = Traffic(40, counted_by_axis({"replicas": [wire]}))
+    assert traffic.last_step["replicas"] == Amounts()
+    wire.add("header", 6)
+    traffic.end_step(41, True, counted_by_axis({"replicas": [wire]}))
+    assert traffic.last_step["replicas"].bytes == {"header": 6} and traffic.bytes_per_step == 6.0
+
+
+def test_a_group_that_serves_as_two_axes_is_counted_once() -> None:
+    shared, other = ByteLedger(), ByteLedger()
+    shared.add("flags", 8, 0.5)
+    other.add("flags", 1, 0.25)
+    counted = counted_by_axis({"twins": [shared, other], "everyone": [shared]})
+    assert counted == {"twins": Amounts({"flags": 9}, {"flags": 0.75}), "everyone": Amounts()}
 
 
 # -- one door ----------------------------------------------------------------------------------------
