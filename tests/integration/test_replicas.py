@@ -119,6 +119,35 @@ def test_only_the_sync_crosses_replicas(stage: int, dtype: str) -> None:
             assert all("/lordo_ds/comm/" in caller for caller in callers), f"step {step}: {callers}"
 
 
+def held_back(stage: int, dtype: str, latency_ms: float) -> dict[str, Any]:
+    """Three steps with a slow link between the replicas; what it must have taken, by the messages that crossed."""
+    link = {"mbit_per_s": 1e4, "latency_ms": latency_ms}
+    engine = make_engine(config_of(stage, dtype, {"wire_throttle": link}))
+    before = lordo_ds.status(engine)["seconds_blocked_total"]
+    with CollectiveCounter() as counter:
+        for step in range(1, 4):
+            train_step(engine, step)
+    messages = [record.op for record in counter.crossing(lambda rank: rank // 2)]
+    hops = {"all_reduce": 2, "all_gather_into_tensor": 1}  # between two replicas
+    facts = {
+        "weights": weights(engine),
+        "messages": len(messages),
+        "least_s": sum(hops.get(op, 0) for op in messages) * latency_ms / 1e3,
+        "blocked_s": lordo_ds.status(engine)["seconds_blocked_total"] - before,
+    }
+    engine.destroy()
+    return facts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_wire_throttle_holds_back_every_stage_and_changes_nothing_else(stage: int) -> None:
+    free = of_all_stages(trained, "fp32")[stage]
+    for before, held in zip(free, of_all_stages(held_back, "fp32", 5.0)[stage], strict=True):
+        assert held["blocked_s"] >= held["least_s"] > 0.05
+        assert held["messages"] == sum(map(len, before["crossing"][:3]))
+        assert same(held["weights"], before["steps"][2][0])
+
+
 def plain_average(stage: int, dtype: str) -> dict[str, Tensor]:
     """One replica of all ranks, nothing projected."""
     optimizer = {"replica_size": "all", "low_rank": {"exclude": [".*"]}}
