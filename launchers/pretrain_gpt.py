@@ -75,6 +75,8 @@ class Job:
     """Steps of this run's saves that are kept."""
     bytes_counted: int
     """How much of the hook's bytes_sent is in rows already; the first row takes what start-up sent."""
+    seconds_counted: float
+    """The same of its seconds_blocked."""
     started: float
     claim: Any
     """That of the output directory, on rank 0."""
@@ -158,6 +160,7 @@ def build_job(
         consumed=client["consumed_samples"],
         saves=saves_up_to(args.output_dir / "checkpoints", step),
         bytes_counted=hook.bytes_sent if step else 0,
+        seconds_counted=(hook.seconds_blocked or 0.0) if step else 0.0,
         started=started,
         claim=claim,
     )
@@ -203,6 +206,7 @@ def train_step(job: Job) -> Row:
         "bytes_replica": replica_bytes(job),
         "bytes_ddp": job.ddp_bytes,
         "bytes_eval": 0,
+        "seconds_blocked": replica_seconds(job),
         "tokens_per_s": job.shape.global_batch * job.seq_length / (time.perf_counter() - began),
     }
 
@@ -213,6 +217,14 @@ def replica_bytes(job: Job) -> int:
         return job.ddp_bytes
     before, job.bytes_counted = job.bytes_counted, job.hook.bytes_sent
     return job.bytes_counted - before
+
+
+def replica_seconds(job: Job) -> float | None:
+    """For which what crosses replicas blocked this rank since the last call; None where all ranks are one replica."""
+    if job.hook.seconds_blocked is None:
+        return None
+    before, job.seconds_counted = job.seconds_counted, job.hook.seconds_blocked
+    return job.seconds_counted - before
 
 
 def evaluate(job: Job) -> float:
@@ -256,10 +268,12 @@ def train(job: Job) -> None:
 
 def progress(job: Job, row: Row) -> str:
     sent, ddp = job.log.total("bytes_replica"), job.log.total("bytes_ddp")
+    blocked = job.hook.blocked_per_step_s
     return (
         f"step {job.step}/{job.args.train_steps} | loss {row['loss']:.4f} | "
         f"{row['tokens_per_s']:,.0f} tokens/s | next sync in {job.hook.next_sync_in} | "
         f"sent {megabytes(sent)}, DDP {megabytes(ddp)} ({times_less(sent, ddp)})"
+        + ("" if blocked is None else f" | blocked {1e3 * blocked:,.1f} ms/step")
     )
 
 
@@ -267,7 +281,9 @@ def finish(job: Job) -> None:
     """Final sync, evaluation and checkpoint, and what came of the run."""
     job.hook.finish()
     if job.hook.replicas > 1:
-        job.log.last["bytes_replica"] += replica_bytes(job)
+        last = job.log.last
+        last["bytes_replica"] += replica_bytes(job)
+        last["seconds_blocked"] = last.get("seconds_blocked", 0.0) + replica_seconds(job)  # not in older rows
     loss = evaluate(job)
     job.log.flush(job.hook.averaged_rows())
     save_checkpoint(job)

@@ -149,16 +149,16 @@ def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def replicas_of_torch(replica_size: int | str, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
+def replicas_of_torch(config: LordoConfig, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
     """Every `replica_size` ranks of torch.distributed are a replica. Collective over all ranks where there are several.
 
     Returns:
         Across replicas; and the groups inside this one, whose ranks are alike. One replica alone asks nobody.
     """
     if _several_ranks():
-        groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), replica_size, "replica_size"))
+        groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), config.replica_size, "replica_size"))
         if groups.layout.replica_count > 1:
-            return connect(groups, device, sharded=False, only_data_parallel=True)
+            return connect(groups, device, config.wire_throttle, sharded=False, only_data_parallel=True)
     return ReplicaWire(), InsideReplica(device=device)
 
 

@@ -120,6 +120,13 @@ class Streaming(_Block):
     delay_steps: Annotated[StrictInt, Field(ge=0)] = 0
 
 
+class WireThrottle(_Block):
+    """The rate and the latency of a slow link that the wire across replicas is made to imitate; 10^6 bits a Mbit."""
+
+    mbit_per_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    latency_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The published form of LoRDO (arXiv 2602.04396).
     "paper": {},
@@ -168,6 +175,7 @@ class LordoConfig(_Block):
     max_left_out_syncs: Annotated[StrictInt, Field(ge=1)] | Literal["never"] = 10
     max_outlier: Annotated[float, Field(gt=1, allow_inf_nan=False)] | Literal["never"] = 300.0
     sync_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
+    wire_throttle: WireThrottle | None = None
     _path: str = PrivateAttr(default=JSON_PATH)
 
     @classmethod

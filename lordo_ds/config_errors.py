@@ -25,6 +25,9 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "low_rank.include": ("must be a list of regular expressions", ('[".*"]',)),
     "low_rank.exclude": ("must be a list of regular expressions", ('[".*"]',)),
+    "wire_throttle": ('must be null or such as {"mbit_per_s": 100, "latency_ms": 10}', ('{"mbit_per_s": 100}', "null")),
+    "wire_throttle.mbit_per_s": ("must be a number > 0", ("100",)),
+    "wire_throttle.latency_ms": ("must be a number >= 0", ("0",)),
 }
 # Names that other optimizers and papers use for ours.
 _ALIASES = {
@@ -57,6 +60,9 @@ def one_line(error: ValidationError, config: type[BaseModel], prefix: str) -> st
             block = _block(config.model_fields[str(part)].annotation)
         nearest = _ALIASES.get(str(path[-1])) or _nearest_name(str(path[-1]), list(block.model_fields))
         return f'{where} = {value!r} is not a known key: did you mean "{nearest}"?'
+    if kind == "missing" and isinstance(path[-1], str):  # a key of a block; a list that is too short has a form
+        rule, legal = _FORMS.get(".".join(map(str, path)), ("must be given", ("null",)))
+        return f"{where} is missing in {value!r}: it {rule} (nearest: {legal[-1]})"
     if kind == "value_error" and key != "error_feedback":
         message = str(context["error"])
         if not key:

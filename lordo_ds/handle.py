@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.utils.data import DistributedSampler
 
 from lordo_ds.comm.groups import ReplicaGroups
@@ -51,13 +52,14 @@ def data_sampler(dataset: Any, engine: Any, shuffle: bool = True, seed: int = 0)
 class RunHandle:
     """Replicas, the next sync, bytes sent, and numbers averaged over replicas.
 
-    `ddp_bytes_per_step` is what this rank would send across replicas per step if all gradients were all-reduced;
-    `zero_stage` how the engine shards a replica.
+    `ddp_bytes_per_step` is what this rank would send across replicas per step if all gradients, which the engine has in
+    `gradient_dtype`, were all-reduced; `zero_stage` how the engine shards a replica.
     """
 
     def __init__(self, optimizer: LoRDO, groups: ReplicaGroups) -> None:
         self.optimizer, self.groups = optimizer, groups
         self.ddp_bytes_per_step = 0
+        self.gradient_dtype = torch.float32
         self.row_keys: list[str] = []
 
     @property
@@ -118,6 +120,18 @@ class RunHandle:
         """Bytes this rank sent across replicas since the start of the run."""
         assert self.optimizer.sync is not None
         return self.optimizer.sync.wire.ledger.total_bytes
+
+    @property
+    def seconds_blocked(self) -> float:
+        """Seconds for which what crosses replicas has blocked this rank since the start of the process."""
+        assert self.optimizer.sync is not None
+        return self.optimizer.sync.wire.ledger.total_seconds
+
+    @property
+    def blocked_per_step_s(self) -> float:
+        """The same for each step of the last round: those after one sync up to the next, with that sync."""
+        assert self.optimizer.sync is not None
+        return self.optimizer.sync.traffic.blocked_per_step_s
 
     def record(self, **values: float) -> None:
         """Keep numbers of the step just attempted; their averages over replicas come with the next sync.

@@ -120,7 +120,7 @@ class LoRDO(torch.optim.Optimizer):
         with self.watchdog.starting():
             flats = alone.agreed_tensors(self, self.config, self.param_groups, self._model)
             device = flats[0].tensor.device if flats else torch.device("cpu")
-            wire, inside = alone.replicas_of_torch(self.config.replica_size, device)
+            wire, inside = alone.replicas_of_torch(self.config, device)
         alone.prepare(self._model, flats, wire, inside, resuming)
         self.attach(flats, wire, inside, resuming=resuming)
         assert self.sync is not None
@@ -207,6 +207,7 @@ class LoRDO(torch.optim.Optimizer):
             changed = self.sync.members.around(self.cross_replicas)
         if self.synced:
             self.watchdog.synced(self.attempted_steps)
+        self.sync.end_step(self.attempted_steps)
         self.last_attempt_executed, self._executed_now = self._executed_now, False
         if self.managed:
             self.sync.outside.forget()  # until the engine has given the model its weights, and records them
@@ -238,7 +239,9 @@ class LoRDO(torch.optim.Optimizer):
         """
         if self.sync is None:
             raise ValueError("LoRDO: final_sync() comes after the first step: this optimizer has made none")
-        return self.sync.members.around(self._final_sync, final=True)
+        changed = self.sync.members.around(self._final_sync, final=True)
+        self.sync.end_step(self.attempted_steps)
+        return changed
 
     def _final_sync(self) -> bool:
         assert self.sync is not None

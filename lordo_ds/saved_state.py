@@ -29,6 +29,7 @@ from lordo_ds.errors import CheckpointError
 from lordo_ds.replica.allocate import Held
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.sync.outer_sync import OuterSync
+from lordo_ds.sync.traffic import Traffic
 from lordo_ds.watch.unwatched import Unwatched
 
 logger = logging.getLogger("lordo_ds")
@@ -293,5 +294,6 @@ def restore_counters(
     for name in SYNC_COUNTERS:
         setattr(sync, name, getattr(counters, name))
     sync.wire.ledger.load_state_dict(dict(bytes_sent))
+    sync.traffic = Traffic(run.attempted_steps, sync.counted())
     sync.rows.pending = [list(row) for row in rows]
     run.watchdog.resumed(run.attempted_steps, sync.last_synced_step)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from lordo_ds.comm.ledger import data_parallel_bytes
@@ -22,10 +23,16 @@ class TrainingHandle(RunHandle):
     """The handle of a run in Megatron's own loop; every data-parallel rank of a replica holds whole parameters."""
 
     def __init__(
-        self, optimizer: LoRDO, replicas: Replicas, gradient_bytes: int, take_over: Callable[[int], None]
+        self,
+        optimizer: LoRDO,
+        replicas: Replicas,
+        gradient_bytes: int,
+        gradient_dtype: torch.dtype,
+        take_over: Callable[[int], None],
     ) -> None:
         super().__init__(optimizer, replicas.groups)
         self.ddp_bytes_per_step = data_parallel_bytes(gradient_bytes, self.replicas, self.groups.layout.replica_size)
+        self.gradient_dtype = gradient_dtype
         self._take_over = take_over
         show_messages(dist.get_rank())
         if dist.get_rank() == 0:

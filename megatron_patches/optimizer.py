@@ -87,7 +87,9 @@ def lordo_optimizer(
     _attach(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
     wrapper.refresh_model()
     _watch(lordo, unwrapped(chunk), dict(zip(stepped, tensors, strict=True)), replicas)
-    wrapper.handle = TrainingHandle(lordo, replicas, _gradient_bytes(chunk), wrapper.take_over)
+    wrapper.handle = TrainingHandle(
+        lordo, replicas, _gradient_bytes(chunk), chunk.buffers[0].grad_dtype, wrapper.take_over
+    )
     wrapper.samples = SampleCheck(chunk, first_stage=parallel_state.is_pipeline_first_stage())
     refuse_between_syncs(lordo)
     wrapper.check_loop = _keep_tokens_inside(get_model_config(chunk), replicas)
@@ -173,7 +175,7 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
     facts = named_facts(model, groups.tensor_size)
     flats = [FlatTensor.of_one(tensors[parameter], fact) for parameter, fact in facts.items() if parameter in tensors]
     device = flats[0].tensor.device
-    wire, inside = connect(groups, device, sharded=False)
+    wire, inside = connect(groups, device, lordo.config.wire_throttle, sharded=False)
     equalise_untrained(model, tensors.keys(), wire, device)
     lordo.attach(flats, wire, inside, _tied(model, facts))
 

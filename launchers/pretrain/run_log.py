@@ -36,6 +36,12 @@ class Hook(Protocol):
     @property
     def bytes_sent(self) -> int: ...
 
+    @property
+    def seconds_blocked(self) -> float | None: ...
+
+    @property
+    def blocked_per_step_s(self) -> float | None: ...
+
     def record(self, **values: float) -> None: ...
 
     def averaged_rows(self) -> list[dict[str, float]]: ...
@@ -46,7 +52,8 @@ class Hook(Protocol):
 class EveryStepHook:
     """The same where all ranks are one replica, with LoRDO or without: gradients are averaged at every step.
 
-    Losses and norms are averaged over the ranks every `ROWS_PER_REDUCTION` steps, in one small reduction.
+    Losses and norms are averaged over the ranks every `ROWS_PER_REDUCTION` steps, in one small reduction. How long the
+    engine's gradients take is not known.
     """
 
     ROWS_PER_REDUCTION = 32
@@ -54,6 +61,8 @@ class EveryStepHook:
     synced = True
     next_sync_in = 1
     bytes_sent = 0
+    seconds_blocked = None
+    blocked_per_step_s = None
 
     def __init__(self, group: Any, lordo_hook: Any = None) -> None:
         self.data_parallel_rank: int = group.rank()
@@ -198,6 +207,7 @@ def _events(row: Row) -> list[tuple[str, float, int]]:
         "tokens_per_s": "Speed/tokens_per_s",
         "bytes_replica": "Communication/bytes_replica",
         "bytes_ddp": "Communication/bytes_ddp",
+        "seconds_blocked": "Communication/seconds_blocked",
         "val_loss": "Validation/loss",
     }
     return [(name, row[key], row["samples"]) for key, name in names.items() if row.get(key) is not None]

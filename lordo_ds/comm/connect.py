@@ -6,17 +6,25 @@ import torch
 
 from lordo_ds.comm.groups import ReplicaGroups
 from lordo_ds.comm.inside import InsideComm, InsideReplica
+from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.config import WireThrottle
 
 
 def connect(
-    groups: ReplicaGroups, device: torch.device, *, sharded: bool, only_data_parallel: bool = False
+    groups: ReplicaGroups,
+    device: torch.device,
+    throttle: WireThrottle | None,
+    *,
+    sharded: bool,
+    only_data_parallel: bool = False,
 ) -> tuple[ReplicaWire, InsideReplica]:
     """The wire across replicas and the groups inside this one, for every kind of engine. Nothing is communicated.
 
     Args:
         groups: this rank's place on the mesh.
         device: where the stepped tensors of this rank are trained.
+        throttle: of the wire, from the first thing that it sends: before an optimizer attaches to it.
         sharded: the ranks of `groups.shard` each step a part of every tensor. Otherwise each of them steps whole
             tensors, the same ones: they are twins, who share out what crosses replicas, and a matrix has no shards.
             What they record of their own data differs either way.
@@ -31,4 +39,6 @@ def connect(
         rows=rows,
         device=device,
     )
-    return ReplicaWire(groups.replica, twins=None if sharded else rows), inside
+    wire = ReplicaWire(groups.replica, twins=None if sharded else rows)
+    wire.slow_link = SlowLink.of(throttle)
+    return wire, inside

@@ -23,10 +23,11 @@ class InsideComm(Comm):
         if self.size == 1 or not rows.numel():
             return rows[0]
         device = self._device(rows)
-        mine = torch.empty_like(rows[0], device=device)
-        dist.reduce_scatter_tensor(mine, rows.to(device).contiguous().view(-1), group=self.group)
-        self.ledger.add(kind, rows.numel() * rows.element_size() * (self.size - 1) // self.size)
-        return mine.to(rows.device)
+        sent_bytes = rows.numel() * rows.element_size() * (self.size - 1) // self.size
+        with self._sending(kind, sent_bytes, hops=self.size - 1):
+            mine = torch.empty_like(rows[0], device=device)
+            dist.reduce_scatter_tensor(mine, rows.to(device).contiguous().view(-1), group=self.group)
+            return mine.to(rows.device)
 
     def exchange(
         self, parts: Sequence[Sequence[Tensor]], arriving: Sequence[Sequence[int]], like: Tensor, kind: str
@@ -40,11 +41,11 @@ class InsideComm(Comm):
         leaving = [sum(part.numel() for part in to_rank) for to_rank in parts]
         expected = [sum(lengths) for lengths in arriving]
         device = self._device(like)
-        outgoing = torch.cat([like.new_empty(0), *(part for to_rank in parts for part in to_rank)]).to(device)
-        incoming = like.new_empty(sum(expected), device=device)
-        dist.all_to_all_single(incoming, outgoing, expected, leaving, group=self.group)
-        self.ledger.add(kind, (sum(leaving) - leaving[self.index]) * like.element_size())
-        pieces = incoming.to(like.device).split(expected)
+        outgoing = torch.cat([like.new_empty(0), *(part for to_rank in parts for part in to_rank)])
+        with self._sending(kind, (sum(leaving) - leaving[self.index]) * like.element_size()):
+            incoming = like.new_empty(sum(expected), device=device)
+            dist.all_to_all_single(incoming, outgoing.to(device), expected, leaving, group=self.group)
+            pieces = incoming.to(like.device).split(expected)
         return [list(piece.split(list(lengths))) for piece, lengths in zip(pieces, arriving, strict=True)]
 
 

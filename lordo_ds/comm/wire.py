@@ -52,8 +52,9 @@ class ReplicaWire(Comm):
         parts = [self._part_of(message) for message in leaving]
         lengths = [self._length_of_part(length) for length in arriving]
         outgoing = torch.cat(parts)
-        incoming = self._all_to_all(outgoing.to(self._device(outgoing)), [len(part) for part in parts], lengths)
-        self.ledger.add(kind, len(outgoing) - len(parts[self.index]))
+        leaves = [len(part) for part in parts]
+        with self._sending(kind, len(outgoing) - leaves[self.index]):
+            incoming = self._all_to_all(outgoing.to(self._device(outgoing)), leaves, lengths)
         if self.twins.size == 1:
             return list(incoming.split(lengths))
         # (twins, shares of all messages), each as long as the longest of its twins

@@ -29,8 +29,8 @@ from lordo_ds.version import __version__
 
 logger = logging.getLogger("lordo_ds")
 
-# Of our settings, what each machine may have of its own: neither changes a number that crosses replicas.
-MAY_DIFFER = ("anchor.device", "sync_timeout_s")
+# Of our settings (or blocks of them), what each machine may have of its own: none changes what crosses replicas.
+MAY_DIFFER = ("anchor.device", "sync_timeout_s", "wire_throttle")
 _TAG = "lordo_ds start 1"
 _NAMED = 3  # differences that a message names
 Texts = dict[str, str]
@@ -150,7 +150,11 @@ def _ranks(ranks: Sequence[int]) -> str:
 def setting_texts(config: LordoConfig) -> Texts:
     """All of LoRDO's settings as they are resolved, but `MAY_DIFFER`."""
     found = flat_texts("", config.model_dump(mode="json"))
-    return {config.key(key): text for key, text in found.items() if key not in MAY_DIFFER}
+    return {config.key(key): text for key, text in found.items() if not _may_differ(key)}
+
+
+def _may_differ(key: str) -> bool:
+    return any(key == one or key.startswith(f"{one}.") for one in MAY_DIFFER)
 
 
 def version_texts(*more_packages: str) -> Texts:

@@ -17,7 +17,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import balanced_order, bucket_bounds
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.ownership import at_owners
-from lordo_ds.core.schedule import SyncPlan
+from lordo_ds.core.schedule import SyncPlan, sync_plan
 from lordo_ds.costs import Links, needs_anchor, ownership, sync_bytes
 from lordo_ds.replica.bases import Bases
 from lordo_ds.replica.copies import TensorCopies, TiedCopies, TiedWeight
@@ -32,6 +32,8 @@ from lordo_ds.sync.header import Header, Trailer
 from lordo_ds.sync.members import Members
 from lordo_ds.sync.report import RowAverager, SyncReport
 from lordo_ds.sync.rounds import Round, Shares
+from lordo_ds.sync.throttle import throttle, warn_of_throttle
+from lordo_ds.sync.traffic import REPLICAS, Counted, Traffic, counted_by_axis, ledgers_inside
 
 logger = logging.getLogger("lordo_ds")
 
@@ -75,6 +77,8 @@ class OuterSync:
         self.last_synced_step = 0
         self.last_report: SyncReport | None = None
         self.rows = RowAverager()
+        self.traffic = Traffic()
+        throttle(config, wire)
 
     # -- the replicas --------------------------------------------------------------------------------
 
@@ -84,6 +88,7 @@ class OuterSync:
         Anchors are made that one replica of its own does without.
         """
         self.wire, self.members = wire, members
+        throttle(self.config, wire)
         self.bases.each_replica_its_own = self._each_replica_its_own()
         self.faults.use_wire(wire, members)
         for item in self.items:
@@ -108,6 +113,9 @@ class OuterSync:
             came_by: how the replicas came by their weights, for the message.
             resuming: a saved state comes next, and with it the anchors; every replica keeps the weights that it has.
         """
+        if self.inside.everyone.index == 0:
+            ordinary = sync_plan(self.config, self.config.sync_interval)
+            warn_of_throttle(self.config, self.wire, self.predicted_bytes(ordinary, rows=0, row_length=0))
         # Those of one replica first: only equal ones may divide what crosses replicas.
         equal = [self._equalise(group) for group in (self.wire.twins, self.wire) if not resuming]
         if not self.tensor_copies.start_():
@@ -208,7 +216,8 @@ class OuterSync:
         Raises:
             SyncError: the replicas differ where they must not, or too few were finite too many times in a row.
         """
-        began, sent_before = time.perf_counter(), self.wire.ledger.total_bytes
+        ledger = self.wire.ledger
+        began, sent_before, blocked_before = time.perf_counter(), ledger.total_bytes, ledger.total_seconds
         report = self.last_report = SyncReport(step, self.wire.replicas, 0)
         headers, steps, fit = self._exchange_headers(report, executed_steps, executed_now)
         participants = self.faults.participants(fit, report)
@@ -229,7 +238,8 @@ class OuterSync:
         self.last_synced_step = step
         self.equality.finish(plan, report, shares, self.wire)
         report.seconds = time.perf_counter() - began
-        report.bytes_sent = self.wire.ledger.total_bytes - sent_before
+        report.seconds_blocked = ledger.total_seconds - blocked_before
+        report.bytes_sent = ledger.total_bytes - sent_before
         return common_executed
 
     def _exchange_headers(
@@ -284,6 +294,15 @@ class OuterSync:
         """Average the recorded rows now, apart from a sync. Collective."""
         shapes = None if self.wire.steps_alike else self.wire.gather(self.inside.vector([*self.rows.shape]), "header")
         self.rows.reduce(self.wire, self.inside, shapes)
+
+    def end_step(self, step: int) -> None:
+        """What was sent so far belongs to this attempted step and those before it."""
+        self.traffic.end_step(step, synced=0 < step == self.last_synced_step, counted=self.counted())
+
+    def counted(self) -> Counted:
+        """What this rank has sent so far, and how long that blocked it, by axis: `replicas` and those inside one."""
+        inside = ledgers_inside(self.wire, self.inside, self.tied_copies)
+        return counted_by_axis({REPLICAS: [self.wire.ledger], **inside})
 
     def predicted_bytes(self, plan: SyncPlan, rows: int, row_length: int) -> int:
         """Bytes that this rank sends across replicas in an ordinary sync (all replicas take part)."""

@@ -17,6 +17,7 @@ from lordo_ds.errors import SyncError
 class SyncReport:
     """What one sync did, as a user would ask; energies and drift are averages over replicas.
 
+    `seconds` are from its begin to its end on this rank, `seconds_blocked` those of them in what crosses replicas.
     `outliers` are the replicas that were finite, but far from the others, and how far.
     """
 
@@ -24,6 +25,7 @@ class SyncReport:
     replicas: int
     participants: int
     seconds: float = 0.0
+    seconds_blocked: float = 0.0
     bytes_sent: int = 0
     drift: float = 0.0
     overlap: float | None = None

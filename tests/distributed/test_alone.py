@@ -302,6 +302,11 @@ def test_a_replica_of_several_ranks_averages_its_gradients_with_ddp() -> None:
         assert (status["replicas"], status["shard_size"], status["replica_index"]) == (2, 2, rank // 2)
         assert (status["step"], status["syncs"], status["low_rank_parameters"]) == (2, 1, 2)
         assert status["bytes_sent_total"] > 0 and status["ddp_bytes_per_step"] > 0 and status["last_sync"]["step"] == 2
+        assert status["other_methods_bytes_per_step"]["adamw_ddp"] == status["ddp_bytes_per_step"]
+        assert status["seconds_blocked_inside"]["twins"] == status["seconds_blocked_inside"]["everyone"] > 0, (
+            "one group"
+        )
+        assert status["last_step"]["bytes"]["twins"] and not status["last_step"]["bytes"]["everyone"], "counted once"
         tables = [line for line in one["said"] if "2 replicas of 2 data-parallel ranks, without an engine" in line]
         assert len(tables) == (rank == 0), "rank 0 says what the others would repeat"
     said = "\n".join(found[0]["said"])

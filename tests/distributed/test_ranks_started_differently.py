@@ -49,6 +49,7 @@ ALONE: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "moment interval": ({"moment_sync_interval": "never"}, ("moment_sync_interval",)),
     "outer momentum": ({"outer": {"momentum": 0.5}}, ("outer.momentum is 0.0", "0.5 on rank 2")),
     "what may differ": ({"sync_timeout_s": 60.0, "anchor": {"device": "cpu"}}, ()),
+    "another link": ({"wire_throttle": {"mbit_per_s": 1e6}}, ()),
 }
 
 

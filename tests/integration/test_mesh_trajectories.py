@@ -186,6 +186,8 @@ def _check_ledgers(status: dict[str, Any], replicas: int, layout: Layout, model:
     assert (sent["pipe"] > 0) == (pipe > 1 and model == "tied")
     assert (sent["everyone"] > 0) == (tensor * pipe * shards > 1)
     assert (status["bytes_sent_total"] > 0) == (replicas > 1)
+    assert all((seconds > 0) == (sent[axis] > 0) for axis, seconds in status["seconds_blocked_inside"].items())
+    assert (status["seconds_blocked_total"] > 0) == (replicas > 1)
     assert status["tensor_parallel_size"] == tensor and status["pipeline_parallel_size"] == pipe
 
 

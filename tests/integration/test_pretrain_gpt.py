@@ -161,11 +161,31 @@ def test_a_run_leaves_every_file_it_promises(lordo_run: Path) -> None:
             assert list((checkpoints / f"global_step{step}" / f"replica_{replica}").glob("*model_states.pt"))
     assert (lordo_run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert list((lordo_run / "tensorboard").glob("events.out.tfevents.*"))
+    assert_events(lordo_run / "tensorboard", read_metrics(lordo_run))
     summary = json.loads((lordo_run / "summary.json").read_text())
     rows = read_metrics(lordo_run)
     assert summary["val_loss"] == rows[-1]["val_loss"]
     assert summary["bytes_replica"] == sum(row["bytes_replica"] for row in rows)
     assert summary["versions"]["deepspeed"] and "pretrain_gpt.py" in summary["command"]
+
+
+def assert_events(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """What TensorBoard shows at each sync of bytes and blocked seconds is what the rows of the round add up to."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+
+    def at_syncs(name: str) -> list[float]:
+        return [event.value for event in events.Scalars(f"Train/LoRDO/{name}")]
+
+    rounds = [rows[0:4], rows[4:8], rows[8:12], rows[12:]]
+    for name, column in (("bytes_per_step", "bytes_replica"), ("seconds_blocked_per_step", "seconds_blocked")):
+        expected = [sum(row[column] for row in some) / len(some) for some in rounds]
+        assert at_syncs(name) == pytest.approx(expected, rel=1e-3), name
+    assert at_syncs("adamw_ddp_bytes_per_step") == [4 * PARAMETERS] * 4
+    assert at_syncs("diloco_bytes_per_step") == [PARAMETERS] * 4  # a sync every 4 steps
+    assert all(PARAMETERS < value < 4 * PARAMETERS for value in at_syncs("low_rank_ddp_bytes_per_step"))
 
 
 def test_metrics_have_a_row_for_every_step_and_bytes_only_at_syncs(lordo_run: Path) -> None:
@@ -176,14 +196,18 @@ def test_metrics_have_a_row_for_every_step_and_bytes_only_at_syncs(lordo_run: Pa
     # Row 1 holds start-up and first basis, the last row the final sync.
     assert [row["step"] for row in rows if row["bytes_replica"]] == [1, 4, 8, 12, STEPS]
     assert {row["bytes_ddp"] for row in rows} == {4 * PARAMETERS}  # fp32 gradients, 2 (N-1) / N = 1
+    assert [row["step"] for row in rows if row["seconds_blocked"]] == [1, 4, 8, 12, STEPS]
     assert [row["step"] for row in rows if "val_loss" in row] == [5, 10, STEPS]
     assert all(math.isfinite(row[key]) for row in rows for key in ("loss", "grad_norm", "lr", "tokens_per_s"))
 
 
-def test_the_progress_lines_tell_loss_speed_next_sync_and_bytes(home: Path, lordo_run: Path) -> None:
+def test_the_progress_lines_tell_loss_speed_next_sync_bytes_and_time_blocked(home: Path, lordo_run: Path) -> None:
     out = (home / "lordo.out").read_text()
     line = rf"step 10/{STEPS} \| loss \d\.\d+ \| [\d,]+ tokens/s \| next sync in 2 \| sent .* MB, DDP .* MB \("
-    assert re.search(line, out), out
+    found = re.search(line + r".*\) \| blocked ([\d,.]+) ms/step", out)
+    assert found, out
+    blocked = [row["seconds_blocked"] for row in read_metrics(lordo_run)]
+    assert float(found[1].replace(",", "")) == pytest.approx(1e3 * sum(blocked[4:8]) / 4, abs=0.06), "of the last round"
     assert out.count("step 10/") == 1, "more than one rank speaks"
     assert re.search(r"validation perplexity \d+\.\d \(a unigram model: \d+\.\d\)", out)
 
@@ -204,7 +228,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(
     again = train(home, settings(optimizer), part.name, "--resume")
     expected = read_metrics(whole)
     for row in (*again, *expected):
-        del row["tokens_per_s"]
+        del row["tokens_per_s"], row["seconds_blocked"]
     assert again == expected
 
 
@@ -213,6 +237,7 @@ def test_every_optimizer_starts_from_the_same_weights_on_the_same_data(
 ) -> None:
     assert adamw_rows[0]["loss"] == read_metrics(lordo_run)[0]["loss"]
     assert all(row["bytes_replica"] == row["bytes_ddp"] == 4 * PARAMETERS and row["synced"] for row in adamw_rows)
+    assert {row["seconds_blocked"] for row in adamw_rows} == {None}, "DeepSpeed's collectives are not timed"
 
 
 def test_ranks_and_accumulation_divide_the_same_global_batch(home: Path, adamw_rows: list[dict[str, Any]]) -> None:
@@ -268,7 +293,7 @@ def test_stages_of_tensor_ranks_train_adamw_as_one_rank_does_and_resume(
     (part / "checkpoints" / "latest").write_text(f"global_step{SAVED_AT}")
     again = train(home, config, part.name, *TENSOR, *PIPE, "--resume", ranks=4)
     for row in (*again, *rows):
-        del row["tokens_per_s"]
+        del row["tokens_per_s"], row["seconds_blocked"]
     assert again == rows
     argv = arguments(home, config, part.name, *TENSOR, "--resume", "--train-steps", "20")
     message = run_ranks(mistake_of, 2, str(home), argv, init_process_group=False, timeout_s=60)[0]

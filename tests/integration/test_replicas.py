@@ -101,6 +101,10 @@ def test_ranks_of_a_replica_are_equal_and_replicas_differ_between_syncs(stage: i
             assert torch.equal(weight.to(a_low[name].dtype), a_low[name]), f"step {step}, {name}"
     assert first["status"]["replicas"] == 2 and first["status"]["shard_size"] == 2
     assert first["dp_world_size"] == 2
+    others = first["status"]["other_methods_bytes_per_step"]
+    assert others["adamw_ddp"] == first["status"]["ddp_bytes_per_step"] == 3 * others["diloco"]
+    assert first["status"]["other_methods_dtype"] == {"fp32": "float32", "bf16": "bfloat16"}[dtype]
+    assert 0 < others["low_rank_ddp"] < others["adamw_ddp"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -113,6 +117,35 @@ def test_only_the_sync_crosses_replicas(stage: int, dtype: str) -> None:
             # Step 1 ends in the first basis; the sync interval is 3.
             assert bool(callers) == (step == 1 or step % 3 == 0), f"step {step}: {callers}"
             assert all("/lordo_ds/comm/" in caller for caller in callers), f"step {step}: {callers}"
+
+
+def held_back(stage: int, dtype: str, latency_ms: float) -> dict[str, Any]:
+    """Three steps with a slow link between the replicas; what it must have taken, by the messages that crossed."""
+    link = {"mbit_per_s": 1e4, "latency_ms": latency_ms}
+    engine = make_engine(config_of(stage, dtype, {"wire_throttle": link}))
+    before = lordo_ds.status(engine)["seconds_blocked_total"]
+    with CollectiveCounter() as counter:
+        for step in range(1, 4):
+            train_step(engine, step)
+    messages = [record.op for record in counter.crossing(lambda rank: rank // 2)]
+    hops = {"all_reduce": 2, "all_gather_into_tensor": 1}  # between two replicas
+    facts = {
+        "weights": weights(engine),
+        "messages": len(messages),
+        "least_s": sum(hops.get(op, 0) for op in messages) * latency_ms / 1e3,
+        "blocked_s": lordo_ds.status(engine)["seconds_blocked_total"] - before,
+    }
+    engine.destroy()
+    return facts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_wire_throttle_holds_back_every_stage_and_changes_nothing_else(stage: int) -> None:
+    free = of_all_stages(trained, "fp32")[stage]
+    for before, held in zip(free, of_all_stages(held_back, "fp32", 5.0)[stage], strict=True):
+        assert held["blocked_s"] >= held["least_s"] > 0.05
+        assert held["messages"] == sum(map(len, before["crossing"][:3]))
+        assert same(held["weights"], before["steps"][2][0])
 
 
 def plain_average(stage: int, dtype: str) -> dict[str, Tensor]:

@@ -120,6 +120,14 @@ ILLEGAL: list[tuple[dict[str, Any], str, Any]] = [
     ({"sync_timeout_s": 0}, "sync_timeout_s", 0),
     ({"sync_timeout_s": INF}, "sync_timeout_s", INF),
     ({"sync_timeout_s": "10 min"}, "sync_timeout_s", "10 min"),
+    ({"wire_throttle": 100}, "wire_throttle", 100),
+    ({"wire_throttle": True}, "wire_throttle", True),
+    ({"wire_throttle": {"mbit_per_s": 0}}, "wire_throttle.mbit_per_s", 0),
+    ({"wire_throttle": {"mbit_per_s": INF}}, "wire_throttle.mbit_per_s", INF),
+    ({"wire_throttle": {"mbit_per_s": "fast"}}, "wire_throttle.mbit_per_s", "fast"),
+    ({"wire_throttle": {"latency_ms": 5}}, "wire_throttle.mbit_per_s", {"latency_ms": 5}),
+    ({"wire_throttle": {"mbit_per_s": 10, "latency_ms": -1}}, "wire_throttle.latency_ms", -1),
+    ({"wire_throttle": {"mbit_per_s": 10, "latency_ms": None}}, "wire_throttle.latency_ms", None),
 ]
 
 
@@ -200,6 +208,7 @@ def test_the_nearest_legal_value_is_the_one_that_was_probably_meant(params: dict
         ({"sync_intervals": 4}, "sync_intervals", "sync_interval"),
         ({"error_feeback": False}, "error_feeback", "error_feedback"),
         ({"outer": {"momentun": 0.5}}, "outer.momentun", "momentum"),
+        ({"wire_throttle": {"mbit_per_s": 1, "latency": 5}}, "wire_throttle.latency", "latency_ms"),
         ({"low_rank": {"excludes": []}}, "low_rank.excludes", "exclude"),
         ({"anchor": {"devise": "cpu"}}, "anchor.devise", "device"),
         ({"streaming": {"fragment": 1}}, "streaming.fragment", "fragments"),
@@ -250,6 +259,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "average_dense_moments": False,
         "pseudo_gradient_dtype": "fp32",
         "sync_warmup_steps": 0,
+        "wire_throttle": None,
     }
     assert {key: getattr(config, key) for key in expected} == expected
     assert config.outer.is_plain_average and config.anchor.dtype == "fp32"

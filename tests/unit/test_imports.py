@@ -21,7 +21,7 @@ ROOMS = {
     "watch": ("errors",),
     "core": ("errors", "config"),
     "checkpoint": ("errors", "disk", "config", "core"),
-    "comm": ("errors", "watch", "core"),
+    "comm": ("errors", "watch", "config", "core"),
     "costs": ("errors", "config", "core", "comm"),
     "replica": ("errors", "config", "core", "comm", "costs"),
     "sync": ("errors", "version", "config", "core", "comm", "costs", "replica"),

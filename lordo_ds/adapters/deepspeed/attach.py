@@ -25,7 +25,7 @@ def attach_optimizer(engine: Any, groups: ReplicaGroups, version: str) -> None:
     """Give the engine's optimizer its tensors and its replicas. Collective: the replicas' weights are made equal."""
     optimizer: LoRDO = engine.basic_optimizer
     facts = model_facts(engine.module, groups.tensor_size)
-    wire, inside = connect(groups, engine.device, sharded=bool(shard_groups(engine)))
+    wire, inside = connect(groups, engine.device, optimizer.config.wire_throttle, sharded=bool(shard_groups(engine)))
     flats = flat_tensors(engine, facts)
     names = {piece.facts.name for flat in flats for piece in flat.pieces}
     trained = {parameter for parameter, fact in facts.items() if fact.name in names}

@@ -14,7 +14,7 @@ from lordo_ds.adapters.deepspeed.masters import refresh_low_precision, take_mast
 from lordo_ds.adapters.deepspeed.pipeline import is_pipeline
 from lordo_ds.adapters.deepspeed.start import configuration_texts
 from lordo_ds.adapters.deepspeed.support import check_engine
-from lordo_ds.adapters.deepspeed.wrappers import gradient_bytes
+from lordo_ds.adapters.deepspeed.wrappers import gradient_bytes, gradient_dtype
 from lordo_ds.comm.groups import ReplicaGroups
 from lordo_ds.comm.ledger import data_parallel_bytes
 from lordo_ds.handle import HANDLE, RunHandle
@@ -55,6 +55,7 @@ class EngineHook(RunHandle):
                 engine._build_data_iter(training_data)
         layout = groups.layout
         hook.ddp_bytes_per_step = data_parallel_bytes(gradient_bytes(engine), hook.replicas, layout.replica_size)
+        hook.gradient_dtype = gradient_dtype(engine)
         if engine.global_rank == 0:
             for line in describe_start(hook):
                 logger.info(line)

@@ -12,6 +12,7 @@ Read off the internals of DeepSpeed 0.19.8, one function per wrapper, and checke
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -259,5 +260,17 @@ def stepped_tensors_in_groups(engine: Any) -> Iterator[None]:
 
 def gradient_bytes(engine: Any) -> int:
     """Bytes of all gradients of one full model."""
-    trainable = [p for p in engine.module.parameters() if p.requires_grad]
-    return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in trainable)
+    return sum(numel * dtype.itemsize for dtype, numel in _gradient_elements(engine).items())
+
+
+def gradient_dtype(engine: Any) -> torch.dtype:
+    """Of most of them."""
+    return _gradient_elements(engine).most_common(1)[0][0]
+
+
+def _gradient_elements(engine: Any) -> Counter[torch.dtype]:
+    found = Counter[torch.dtype]()
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            found[parameter.dtype] += getattr(parameter, "ds_numel", parameter.numel())
+    return found
