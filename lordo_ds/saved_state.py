@@ -24,6 +24,7 @@ from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.grouping import ParameterFacts
 from lordo_ds.errors import CheckpointError
+from lordo_ds.ranks import Ranks
 from lordo_ds.replica.allocate import Held
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.sync.outer_sync import OuterSync
@@ -41,6 +42,7 @@ class Run(Protocol):
     config: LordoConfig
     param_groups: list[dict[str, Any]]
     held: Held
+    ranks: Ranks
     sync: OuterSync | None
     attempted_steps: int
     executed_steps: int
@@ -65,7 +67,7 @@ def header_of(run: Run) -> Header:
     inside = sync.inside if sync else InsideReplica()
     numbers = {tensor: i for i, tensor in enumerate(_stepped(run))}
     facts = {fact.name: fact for fact in held.facts}
-    return Header(
+    header = Header(
         format=STATE_FORMAT,
         settings=run.config.model_dump(mode="json"),
         mesh=Mesh(
@@ -92,6 +94,7 @@ def header_of(run: Run) -> Header:
         bytes_sent=sync.wire.ledger.state_dict() if sync else {},
         rows=tuple(tuple(row) for row in sync.rows.pending) if sync else (),
     )
+    return run.ranks.header(header)
 
 
 def _stepped(run: Run) -> list[Tensor]:
