@@ -159,6 +159,31 @@ def test_another_number_of_shards_goes_on_too(tmp_path: Path, shards: int) -> No
         assert max(float((found[name] - ended[name]).abs().max()) for name in ended) < 1e-9
 
 
+def full_states(shards: int, tensor: int) -> dict[str, dict[str, Any]]:
+    """Of a whole model, as torch puts its states together."""
+    run = Run(shards, tensor, dtype=torch.float64)
+    with_one_gradient(run, 1, SAVED_AT)
+    options = StateDictOptions(full_state_dict=True)
+    states = get_optimizer_state_dict(run.model, run.optimizer, options=options)["state"]
+    return {name: entries for of_parameter in states.values() for name, entries in of_parameter.items()}
+
+
+@pytest.mark.parametrize(("shards", "tensor"), [(2, 1), (3, 1), (2, 2)])
+def test_torch_puts_the_states_of_the_whole_model_together(shards: int, tensor: int) -> None:
+    """Those of one rank, but for matrices that tensor parallelism gives a basis on the other side."""
+    (exact,) = run_ranks(full_states, 1, 1, 1, timeout_s=60)
+    found = run_ranks(full_states, shards * tensor, shards, tensor, timeout_s=60)[0]
+    assert found.keys() == exact.keys()
+    for name in found.keys() - ({"square.weight"} if tensor > 1 else set()):
+        assert found[name].keys() == exact[name].keys()
+        for key, value in exact[name].items():
+            if isinstance(value, Tensor):
+                assert found[name][key].shape == value.shape, (name, key)
+                torch.testing.assert_close(found[name][key], value, rtol=1e-7, atol=1e-9, msg=f"{key} of {name}")
+            else:
+                assert found[name][key] == value
+
+
 # -- before the first step, and what does not fit ------------------------------------------------------
 
 
