@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 
@@ -111,9 +113,8 @@ def resumed(folder: str, shards: int, tensor: int) -> dict[str, Any]:
     found["trained"] = differences(again.tensors(), straight.tensors())
 
     at_once = Run(shards, tensor, shift=1.0)  # the weights first, and nothing asked of the optimizer before
-    set_state_dict(
-        at_once.model, at_once.optimizer, model_state_dict=in_memory[0], optim_state_dict=in_memory[1]
-    )  # fmt: skip
+    set_model_state_dict(at_once.model, in_memory[0])
+    set_optimizer_state_dict(at_once.model, at_once.optimizer, in_memory[1])
     found["loaded at once"] = differences(at_once.tensors(), saved)
     at_once.train(SAVED_AT + 1, STEPS)
     found["trained at once"] = differences(at_once.tensors(), straight.tensors())
