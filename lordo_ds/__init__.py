@@ -7,6 +7,7 @@ everything works but what takes one of its engines.
 from importlib.util import find_spec
 from typing import Any
 
+from lordo_ds.adapters.fsdp2.mesh import replica_mesh, shard_model
 from lordo_ds.config import LordoConfig
 from lordo_ds.errors import CheckpointError, ConfigError, SyncError
 from lordo_ds.handle import data_sampler, hook
@@ -31,7 +32,9 @@ __all__ = [
     "hook",
     "load_checkpoint",
     "register",
+    "replica_mesh",
     "save_checkpoint",
+    "shard_model",
     "status",
     "unregister",
     "zero_init_group",

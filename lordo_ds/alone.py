@@ -5,32 +5,35 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lordo_ds.comm.checksum import checksum
-from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained, warn_of_left_out
-from lordo_ds.comm.groups import of_all_ranks, replica_groups
+from lordo_ds.comm.groups import of_all_ranks
 from lordo_ds.comm.inside import InsideReplica
-from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.comm.wrapped import refuse_averaging, refuse_splitting
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, model_facts
+from lordo_ds.core.local import local_part
 from lordo_ds.core.names import embedding_in
-from lordo_ds.core.steppable import refuse_shared_memory, refuse_unsteppable
+from lordo_ds.core.steppable import refuse_shared_memory
 from lordo_ds.errors import ConfigError
+from lordo_ds.ranks import Ranks, several_ranks
+from lordo_ds.replica.allocate import Held
 from lordo_ds.replica.model_size import ModelSize
 from lordo_ds.start_table import RunShape, show_messages, start_table
 from lordo_ds.sync.alike import Start, require_alike, start_alone
 from lordo_ds.sync.outer_sync import OuterSync
+from lordo_ds.watch.unwatched import Unwatched
+from lordo_ds.watch.watchdog import watch_ranks
 
 logger = logging.getLogger("lordo_ds")
 
@@ -92,17 +95,20 @@ def given_model(params: Any, model: Any) -> tuple[Any, GivenModel | None]:
     return params, GivenModel(model)
 
 
-def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | None) -> list[FlatTensor]:
+def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | None, ranks: Ranks) -> list[FlatTensor]:
     """The parameters of all groups, with what is known of each.
 
     Raises:
         ConfigError: one that cannot be stepped, that is none of the model's, or that is there twice.
     """
+    if model is not None:
+        ranks.at_rest(model.module)
+    ranks.look(parameter for group in param_groups for parameter in group["params"])
     flats: list[FlatTensor] = []
     for group in param_groups:
         names = group.get("param_names")
         for index, parameter in enumerate(group["params"]):
-            refuse_unsteppable(names[index] if names else f"parameter_{len(flats)}", parameter)
+            ranks.check(names[index] if names else f"parameter_{len(flats)}", parameter)
             if model is not None and parameter in model.facts:
                 fact = model.facts[parameter]
             elif model is not None:
@@ -115,7 +121,7 @@ def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | 
                 fact = ParameterFacts(names[index], shape, embedding_name=embedding_in(names[index]))
             else:
                 fact = ParameterFacts(f"parameter_{len(flats)}", tuple(parameter.shape), named=False)
-            flats.append(FlatTensor.of_one(parameter, fact))
+            flats.append(ranks.flat_of(parameter, fact))
     named = [(flat.pieces[0].facts.name, flat.tensor) for flat in flats]
     refuse_shared_memory(named)
     for name, count in Counter(name for name, _ in named).items():
@@ -125,41 +131,29 @@ def flat_tensors(param_groups: Iterable[Mapping[str, Any]], model: GivenModel | 
 
 
 def agreed_tensors(
-    optimizer: Any, config: LordoConfig, param_groups: Sequence[Mapping[str, Any]], model: GivenModel | None
+    optimizer: Any,
+    config: LordoConfig,
+    param_groups: Sequence[Mapping[str, Any]],
+    model: GivenModel | None,
+    ranks: Ranks,
 ) -> list[FlatTensor]:
     """`flat_tensors`, once all ranks were found to be started alike. Collective over all ranks where there are several.
 
     Raises:
         ConfigError: the same one on all ranks: a difference, or what one of them cannot step.
     """
-    if not _several_ranks():
-        return flat_tensors(param_groups, model)
+    if not several_ranks():
+        return flat_tensors(param_groups, model, ranks)
     flats: list[FlatTensor] = []
     try:
         refuse_splitting(optimizer)
-        flats = flat_tensors(param_groups, model)
+        flats = flat_tensors(param_groups, model, ranks)
         start = start_alone(config, param_groups, {id(flat.tensor): flat.pieces[0].facts.name for flat in flats})
+        start = dataclasses.replace(start, everywhere={**start.everywhere, **ranks.texts()})
     except ConfigError as error:
         start = Start(refusal=str(error))
     require_alike(start)
     return flats
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def replicas_of_torch(config: LordoConfig, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
-    """Every `replica_size` ranks of torch.distributed are a replica. Collective over all ranks where there are several.
-
-    Returns:
-        Across replicas; and the groups inside this one, whose ranks are alike. One replica alone asks nobody.
-    """
-    if _several_ranks():
-        groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), config.replica_size, "replica_size"))
-        if groups.layout.replica_count > 1:
-            return connect(groups, device, config.wire_throttle, sharded=False, only_data_parallel=True)
-    return ReplicaWire(), InsideReplica(device=device)
 
 
 def dist_rank() -> int:
@@ -168,49 +162,79 @@ def dist_rank() -> int:
 
 def shape_alone(sync: OuterSync) -> RunShape:
     """The mesh of a run without an engine."""
-    several, spread = sync.wire.replicas > 1, dist.is_available() and dist.is_initialized()
-    size = dist.get_world_size() if spread and not several else sync.inside.rows.size
-    return RunShape(sync.wire.replicas, sync.wire.index, size)
+    inside, spread = sync.inside, dist.is_available() and dist.is_initialized()
+    told = sync.wire.replicas > 1 or inside.everyone.size > 1
+    size = dist.get_world_size() if spread and not told else inside.rows.size
+    return RunShape(sync.wire.replicas, sync.wire.index, size, inside.tensor.size)
 
 
-def prepare(
-    model: GivenModel | None,
-    flats: Sequence[FlatTensor],
-    wire: ReplicaWire,
-    inside: InsideReplica,
-    resuming: bool,
-) -> None:
-    """What comes before the optimizer attaches: refusals, and equal models. Collective over replicas.
+class Run(Protocol):
+    """What is read of an optimizer without an engine: see `LoRDO`."""
+
+    config: LordoConfig
+    param_groups: list[dict[str, Any]]
+    ranks: Ranks
+    watchdog: Unwatched
+    sync: OuterSync | None
+    held: Held
+    model_size: ModelSize
+
+    def attach(
+        self, flats: Sequence[FlatTensor], wire: ReplicaWire, inside: InsideReplica | None = None, *, resuming: bool
+    ) -> None: ...
+
+
+def attach(run: Run, model: GivenModel | None, resuming: bool) -> bool:
+    """Find the parameters and the replicas, and attach the optimizer to them. Collective over all ranks.
 
     Args:
-        resuming: every replica keeps what it has loaded.
+        resuming: every replica keeps the weights that it has.
+
+    Returns:
+        Whether the replicas' first gradients are to be compared.
     """
+    run.watchdog = watch_ranks(run.config.sync_timeout_s, owner=run)  # some may be late
+    with run.watchdog.starting():
+        flats = agreed_tensors(run, run.config, run.param_groups, model, run.ranks)
+        device = local_part(flats[0].tensor).device if flats else torch.device("cpu")
+        wire, inside = run.ranks.connect(run.config, device)
     if wire.replicas > 1:
-        replica = dist.get_process_group_ranks(inside.rows.group)
-        refuse_averaging({flat.tensor for flat in flats}, replica)
-    if not resuming:
-        equalise_model(model, flats, wire, inside.device)
+        refuse_averaging({flat.tensor for flat in flats}, dist.get_process_group_ranks(inside.everyone.group))
     show_messages(dist_rank())
+    if not resuming:
+        equalise_model(model, {flat.tensor for flat in flats}, wire, inside.device)
+    run.attach(flats, wire, inside, resuming=resuming)
+    assert run.sync is not None
+    say_start(run.config, run.held, run.sync, run.model_size)
+    return wire.replicas > 1 and not resuming
+
+
+def start(run: Run, model: GivenModel | None) -> bool:
+    """Make the replicas equal, where attaching left that for later. Collective over replicas; returns what it does."""
+    assert run.sync is not None
+    if model is not None:
+        run.ranks.at_rest(model.module)
+    equalise_model(model, run.held.of_tensor, run.sync.wire, run.sync.inside.device)
+    run.sync.start()
+    run.sync.outside.record()
+    return run.sync.wire.replicas > 1
 
 
 def equalise_model(
-    model: GivenModel | None, flats: Sequence[FlatTensor], wire: ReplicaWire, device: torch.device
+    model: GivenModel | None, trained: Collection[Tensor], wire: ReplicaWire, device: torch.device
 ) -> None:
     """Frozen parameters and buffers become replica 0's, where the model is known. Collective over replicas."""
     if model is None:
         return
-    trained = {flat.tensor for flat in flats}
     left_out = [fact.name for p, fact in model.facts.items() if p.requires_grad and p not in trained]
     warn_of_left_out(left_out)
     equalise_untrained(model.module, trained, wire, device)
 
 
-def say_start(config: LordoConfig, flats: Sequence[FlatTensor], sync: OuterSync, size: ModelSize) -> None:
+def say_start(config: LordoConfig, held: Held, sync: OuterSync, size: ModelSize) -> None:
     """What rank 0 says when it has attached."""
     if dist_rank() == 0:
-        warn_of_missing_names(
-            [item.plan for item in sync.items], named=all(flat.pieces[0].facts.named for flat in flats)
-        )
+        warn_of_missing_names(held.plans, named=all(fact.named for fact in held.facts))
         for line in start_table(config, shape_alone(sync), size, sync.items):
             logger.info(line)
 
@@ -225,7 +249,7 @@ def warn_of_missing_names(plans: Sequence[ParameterPlan], named: bool) -> None:
         )
 
 
-def warn_of_equal_gradients(param_groups: Sequence[Mapping[str, Any]]) -> None:
+def warn_of_equal_gradients(param_groups: Sequence[Mapping[str, Any]], inside: InsideReplica) -> None:
     """Say so where all replicas got the same first gradients, to the bit. Collective over all ranks, once.
 
     Either something averages gradients over all of them at every step, or all were given the same data; both make
@@ -233,10 +257,13 @@ def warn_of_equal_gradients(param_groups: Sequence[Mapping[str, Any]]) -> None:
 
     Args:
         param_groups: with this rank's gradients; none if it skipped its first step.
+        inside: this rank's place in its replica; those of one place hold parts of the same parameters.
     """
-    gradients = [t.grad for group in param_groups for t in group["params"] if t.grad is not None]
+    place = inside.shard.index * inside.tensor.size + inside.tensor.index
+    gradients = [local_part(t.grad) for group in param_groups for t in group["params"] if t.grad is not None]
     mine = checksum(gradients) if any(bool(gradient.any()) for gradient in gradients) else 0
-    if set(of_all_ranks(mine)) == {mine} and mine and dist.get_rank() == 0:
+    everybody = of_all_ranks((place, mine))
+    if mine and all(one == mine for where, one in everybody if where == place) and dist.get_rank() == 0:
         logger.warning(
             "LoRDO: the first gradients of all replicas are equal to the bit: either all were given the same data, or "
             "something averages gradients across replicas at every step, which LoRDO is there to avoid"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lordo_ds import alone, saved_state
+from lordo_ds.adapters.fsdp2.ranks import ranks_of
 from lordo_ds.checkpoint.header import OWN_FILE_HINT, EngineFacts, Header
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
@@ -42,6 +43,8 @@ class LoRDO(torch.optim.Optimizer):
             fp16 modes do). Groups may set lr, betas, eps and weight_decay of their own.
         model: the module that `params` belong to. It tells embeddings, position tables and tied heads from other
             matrices; without it their names do, as far as they can, and 2-D tensors without a name are projected.
+        mesh: where `fully_shard` (FSDP2) shards each replica: a DeviceMesh with a dimension "replica", "shard" and
+            "tensor" where they are used (`lordo_ds.replica_mesh`), or the replica group of this rank.
         **settings: the keys of the JSON block, see `lordo_ds.LordoConfig`.
 
     Raises:
@@ -50,22 +53,22 @@ class LoRDO(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then calls `step()` after an overflow too: see `unscale_or_skip`
 
-    def __init__(self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, **settings: Any) -> None:
+    def __init__(
+        self, params: nn.Module | Iterable[Any], model: nn.Module | None = None, mesh: Any = None, **settings: Any
+    ) -> None:
         self.config = LordoConfig.parse(settings, path="")
         given, self._model = alone.given_model(params, model)
-        # Set by the engine adapter: step() then does nothing until `attach`, and never syncs by itself.
-        self.managed = False
+        self.ranks = ranks_of(mesh)
+        self.managed = False  # set by the engine adapter: step() does nothing until `attach`, and never syncs by itself
         self.attempted_steps = self.executed_steps = 0
         self.sync: OuterSync | None = None
         self.watchdog = Unwatched()
-        self.held = Held()  # what this rank holds of the model
-        self.model_size = ModelSize()
+        self.held, self.model_size = Held(), ModelSize()  # what this rank holds of the model; the whole of it
         # What the engine adapter knows of the files that this state goes into.
-        self.engine_facts = EngineFacts()
-        self.resume_hint = OWN_FILE_HINT
+        self.engine_facts, self.resume_hint = EngineFacts(), OWN_FILE_HINT
         self.pipe_stage, self.pipe_stages = 0, 1
         self._steps: Steps | None = None
-        self._executed_now = self.last_attempt_executed = self._first_attempt = False
+        self._executed_now = self.last_attempt_executed = self._first_attempt = self._starts_later = False
         super().__init__(given, {key: getattr(self.config, key) for key in ("lr", "betas", "eps", "weight_decay")})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -116,16 +119,7 @@ class LoRDO(torch.optim.Optimizer):
 
     def _attach_alone(self, resuming: bool = False) -> None:
         """Without an engine: names from the model or the groups, replicas from torch.distributed. Collective."""
-        self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)  # some may be late
-        with self.watchdog.starting():
-            flats = alone.agreed_tensors(self, self.config, self.param_groups, self._model)
-            device = flats[0].tensor.device if flats else torch.device("cpu")
-            wire, inside = alone.replicas_of_torch(self.config, device)
-        alone.prepare(self._model, flats, wire, inside, resuming)
-        self.attach(flats, wire, inside, resuming=resuming)
-        assert self.sync is not None
-        self._first_attempt = wire.replicas > 1 and not resuming
-        alone.say_start(self.config, flats, self.sync, self.model_size)
+        self._first_attempt = alone.attach(self, self._model, resuming)
 
     def _detach(self) -> None:
         """As before the first step."""
@@ -148,12 +142,12 @@ class LoRDO(torch.optim.Optimizer):
         if self.sync is None:
             if self.managed:
                 return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
-            self._attach_alone()
+            self._starts_later = not any(float(group["lr"]) for group in self.param_groups)
+            self._attach_alone(resuming=self._starts_later)
         assert self.sync is not None and self._steps is not None
-        first = not (self.managed or self.attempted_steps)
-        if first and only_makes_state(self.param_groups, self.sync.wire, self.sync.inside):
-            return loss
         if not self.managed:
+            if not self.attempted_steps and only_makes_state(self.param_groups, self.sync.wire, self.sync.inside):
+                return loss
             self.begin_attempt()
         if unscale_or_skip(self):
             self._steps.take(self.param_groups, self.attempted_steps + 1, self.executed_steps)
@@ -171,13 +165,14 @@ class LoRDO(torch.optim.Optimizer):
             raise ValueError("LoRDO: skip_step() is for an optimizer used alone: here the engine counts the attempts")
         if self.sync is None:
             self._attach_alone()
+        self.begin_attempt()
         self._end_alone()
 
     def _end_alone(self) -> None:
         """The end of an attempt that no engine counts."""
-        if self._first_attempt:
+        if self._first_attempt and self.sync is not None:
             self._first_attempt = False
-            alone.warn_of_equal_gradients(self.param_groups if self._executed_now else [])
+            alone.warn_of_equal_gradients(self.param_groups if self._executed_now else [], self.sync.inside)
         self.end_attempt()
 
     # -- around an attempted step --------------------------------------------------------------------
@@ -189,6 +184,8 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter was resized or replaced.
         """
         assert self.sync is not None
+        if self._starts_later:  # the step that attached was none, and no state came after it
+            self._starts_later, self._first_attempt = False, alone.start(self, self._model)
         self.sync.outside.check(self.attempted_steps + 1, equal=self.attempted_steps == self.sync.last_synced_step)
 
     @torch.no_grad()
@@ -283,7 +280,7 @@ class LoRDO(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: `torch.load(weights_only=True)` reads it back."""
-        return {**super().state_dict(), "lordo": self.header().model_dump()}
+        return self.ranks.pack({**super().state_dict(), "lordo": self.header().model_dump()}, self.held)
 
     def header(self) -> Header:
         """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors."""
@@ -295,8 +292,9 @@ class LoRDO(torch.optim.Optimizer):
         Without an engine, each replica loads its own state and its own weights: between syncs they differ. One that is
         not LoRDO's, of another format, or that does not fit this run is a CheckpointError; nothing is changed then.
         """
-        saved_state.load(self, state_dict)
+        saved_state.load(self, self.ranks.unpack(state_dict))
+        self._starts_later = False
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
         """The header of a state that fits, else a CheckpointError; the groups must hold the stepped tensors."""
-        return saved_state.check(self, state_dict)
+        return saved_state.check(self, self.ranks.unpack(state_dict))

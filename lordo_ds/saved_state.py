@@ -26,6 +26,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.grouping import ParameterFacts
 from lordo_ds.core.state import MOMENTA, OWNED, WIRE_ERRORS
 from lordo_ds.errors import CheckpointError
+from lordo_ds.ranks import Ranks
 from lordo_ds.replica.allocate import Held
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.sync.outer_sync import OuterSync
@@ -34,6 +35,10 @@ from lordo_ds.watch.unwatched import Unwatched
 
 logger = logging.getLogger("lordo_ds")
 
+_MOMENTUM_HINT = (
+    "it was saved with another outer.compute, or in another layout, where other replicas own it: load it with "
+    "lordo_ds.load_checkpoint(engine, ..., reshape=True), or as it was saved"
+)
 # Of `OuterSync`, saved with the steps.
 SYNC_COUNTERS = ("syncs", "nonfinite_syncs", "left_out_syncs", "last_synced_step")
 
@@ -44,6 +49,7 @@ class Run(Protocol):
     config: LordoConfig
     param_groups: list[dict[str, Any]]
     held: Held
+    ranks: Ranks
     sync: OuterSync | None
     attempted_steps: int
     executed_steps: int
@@ -68,7 +74,7 @@ def header_of(run: Run) -> Header:
     inside = sync.inside if sync else InsideReplica()
     numbers = {tensor: i for i, tensor in enumerate(_stepped(run))}
     facts = {fact.name: fact for fact in held.facts}
-    return Header(
+    header = Header(
         format=STATE_FORMAT,
         settings=run.config.model_dump(mode="json"),
         mesh=Mesh(
@@ -95,6 +101,7 @@ def header_of(run: Run) -> Header:
         bytes_sent=sync.wire.ledger.state_dict() if sync else {},
         rows=tuple(tuple(row) for row in sync.rows.pending) if sync else (),
     )
+    return run.ranks.header(header)
 
 
 def _stepped(run: Run) -> list[Tensor]:
@@ -178,7 +185,9 @@ def _check_fits(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> None:
 
 def _with_saved(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> list[tuple[Fragment, Any]]:
     """Every fragment and what was saved of it."""
-    owned = {layout.name: layout.owned for layout in saved.fragments}
+    owned: dict[str, tuple[int, int] | None] = {layout.name: layout.owned for layout in saved.fragments}
+    if _is_of_others(run, saved):
+        owned = dict.fromkeys(owned)
     found = []
     for index, tensor in enumerate(_stepped(run)):
         for fragment in run.held.of_tensor.get(tensor, ()):
@@ -194,7 +203,7 @@ def _check_entries(fragment: Fragment, saved: Any) -> None:
         raise CheckpointError(f"LoRDO: the saved state of {name} is a {type(saved).__name__}: it is damaged")
     for key in sorted(fragment.state.keys() ^ saved.keys()):
         where = "no" if key in fragment.state else "a surplus"
-        hint = "load it with reshape=True" if key in MOMENTA else "was it saved with other settings?"
+        hint = _MOMENTUM_HINT if key in MOMENTA else "was it saved with other settings?"
         raise CheckpointError(f"LoRDO: the saved state of {name} has {where} {key!r}: {hint}")
     for key, current in fragment.state.items():
         value = saved[key]
@@ -207,23 +216,33 @@ def _check_entries(fragment: Fragment, saved: Any) -> None:
             raise CheckpointError(f"LoRDO: {key!r} of {name} is {found} in the saved state and {wanted} here")
 
 
-def _as_kept_here(fragment: Fragment, saved: Any, owned: tuple[int, int]) -> Any:
+def _is_of_others(run: Run, saved: Header) -> bool:
+    """Whether the header is that of the first rank, and whole parameters, and this is another rank."""
+    inside = run.sync.inside if run.sync else InsideReplica()
+    here = (inside.shard.size, inside.tensor.size)
+    return (saved.mesh.shards, saved.mesh.slices) != here and (inside.shard.index, inside.tensor.index) != (0, 0)
+
+
+def _as_kept_here(fragment: Fragment, saved: Any, owned: tuple[int, int] | None) -> Any:
     """What was saved of a fragment, as far as it lies otherwise only because of the wire.
 
     A momentum of all elements has that of the owned ones in it. Another wire starts with nothing unsaid.
 
     Args:
-        owned: the elements of the slice that the replica owned when it was saved.
+        owned: the elements of the slice that the replica owned when it was saved, where that is known.
     """
     if not isinstance(saved, dict):
         return saved
     found, here = dict(saved), fragment.state
     whole = found.get("outer_momentum")
-    if owned != _owned(fragment):
+    if owned is not None and owned != _owned(fragment):
         found = {key: value for key, value in found.items() if key not in OWNED}
     if "owner_momentum" in here and isinstance(whole, Tensor) and whole.shape == (fragment.numel,):
         del found["outer_momentum"]
         found["owner_momentum"] = whole[slice(*fragment.owned)]
+    for key in OWNED:
+        if key in here and isinstance(found.get(key), Tensor) and found[key].shape == (fragment.numel,):
+            found[key] = found[key][slice(*fragment.owned)]  # of all elements
     for key in WIRE_ERRORS:
         if key not in here:
             found.pop(key, None)

@@ -85,7 +85,7 @@ def status_alone(optimizer: LoRDO) -> dict[str, Any]:
     if sync is None:
         raise ValueError("LoRDO: the optimizer has not made a step: ask for its status after the first")
     shape = shape_alone(sync)
-    gradient_bytes = sum(item.weight.numel() * item.weight.element_size() for item in sync.items)
+    gradient_bytes = sum(item.plan.numel * item.weight.element_size() for item in sync.items)
     ddp_bytes_per_step = data_parallel_bytes(gradient_bytes, shape.replicas, shape.replica_size)
     dtype = next((item.weight.dtype for item in sync.items), torch.float32)
     return _status(optimizer, shape, ddp_bytes_per_step, dtype)

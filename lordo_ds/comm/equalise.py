@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.comm import Comm
 from lordo_ds.comm.wire import ReplicaWire
+from lordo_ds.core.local import local_part
 
 logger = logging.getLogger("lordo_ds")
 
@@ -28,13 +29,14 @@ def warn_of_left_out(names: Sequence[str]) -> None:
 def equalise_untrained(model: nn.Module, trained: Collection[Tensor], wire: ReplicaWire, device: torch.device) -> None:
     """Frozen parameters and buffers become those of replica 0, where any differs. Collective over replicas.
 
-    At stage 3 it is the partitions that travel; gathered copies are stale until the next refresh.
+    At stage 3 and of DTensors it is the parts of this rank that travel; gathered copies are stale until the next
+    refresh.
     """
     if wire.replicas == 1:
         return
     frozen = [p for p in model.parameters() if p not in trained]
     shards: list[Any] = [getattr(p, "ds_tensor", None) for p in frozen]
-    stored = [p.data if shard is None else shard.data for p, shard in zip(frozen, shards, strict=True)]
+    stored = [local_part(p.data) if shard is None else shard.data for p, shard in zip(frozen, shards, strict=True)]
     tensors = [t for t in [*stored, *model.buffers()] if t.numel()]
     # Ranks that hold the same first: together they then divide what crosses replicas.
     for group in (wire.twins, wire):

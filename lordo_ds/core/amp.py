@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from lordo_ds.core.local import local_part
+
 
 def unscale_or_skip(optimizer: torch.optim.Optimizer) -> bool:
     """Divide the gradients by the scale, in place, where that is still to be done; whether the step is to be executed.
@@ -25,5 +27,6 @@ def unscale_or_skip(optimizer: torch.optim.Optimizer) -> bool:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(inverse.to(parameter.grad.device))
+                    gradient = local_part(parameter.grad)
+                    gradient.mul_(inverse.to(gradient.device))
     return True

@@ -35,6 +35,7 @@ class Piece:
 class FlatTensor:
     """One tensor that the base optimizer steps, and every parameter of its group in one canonical order.
 
+    Of a DTensor it is the part on this rank that offsets count in.
     The order is equal on all ranks of the shard group; parameters that this rank holds nothing of are listed too.
     """
 

@@ -10,9 +10,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lordo_ds.core.local import is_distributed, local_part
 from lordo_ds.errors import ConfigError
 
-_SHARD_INSTEAD = 'to shard a replica, train through DeepSpeed\'s ZeRO with a "replica_size" of its ranks'
+_SHARD_INSTEAD = (
+    "to shard a replica, use fully_shard on the replica's ranks and LoRDO(..., mesh=mesh) (lordo_ds.replica_mesh makes "
+    "one), or train through DeepSpeed's ZeRO"
+)
 
 
 def refuse_unsteppable(name: str, tensor: Tensor) -> None:
@@ -34,10 +38,10 @@ def _unsteppable(tensor: Tensor) -> str | None:
             "sharded by FullyShardedDataParallel, and a sync would overwrite one shard with another: "
             f"do not wrap the model in FSDP; {_SHARD_INSTEAD}"
         )
-    if kind == "DTensor":
+    if is_distributed(tensor):
         return (
-            "a DTensor (fully_shard or parallelize_module), of which this rank holds a part: give whole parameters; "
-            f"{_SHARD_INSTEAD}"
+            "a DTensor (fully_shard or parallelize_module), of which this rank holds a part: say which ranks are a "
+            'replica: LoRDO(..., mesh=mesh), with a dimension "replica" (lordo_ds.replica_mesh makes one)'
         )
     if is_lazy(tensor):
         return "not initialised yet: run the model once before the first step"
@@ -51,20 +55,30 @@ def _unsteppable(tensor: Tensor) -> str | None:
         return f"{tensor.dtype}: give torch.view_as_real of it as the parameter"
     if tensor.dtype not in (torch.float32, torch.float64):
         return (
-            f"{tensor.dtype}: give fp32 or fp64 parameters, or train through DeepSpeed's bf16 or fp16 mode, which "
-            "keeps fp32 masters"
+            f"{tensor.dtype}: give fp32 or fp64 parameters (with a MixedPrecisionPolicy fully_shard computes in bf16 "
+            "all the same), or train through DeepSpeed's bf16 or fp16 mode, which keeps fp32 masters"
         )
     if not tensor.is_contiguous():
         return "not contiguous: make the parameter contiguous first"
     return None
 
 
-def refuse_gradient(name: str, gradient: Tensor) -> None:
+def refuse_gradient(name: str, tensor: Tensor, gradient: Tensor) -> None:
     """Refuse a gradient that the inner step would stumble over, or read wrongly.
+
+    Args:
+        tensor: the one that is stepped.
 
     Raises:
         ConfigError: naming the parameter, and what to do.
     """
+    if is_distributed(tensor) or is_distributed(gradient):
+        ours, its = (getattr(one, "placements", "a whole tensor") for one in (tensor, gradient))
+        if ours != its:
+            raise ConfigError(
+                f"LoRDO: the gradient of {name} is {its}, and the parameter {ours}: nothing has summed it over the "
+                "tensor-parallel ranks; use fully_shard, which does, or give grad.redistribute(placements=...)"
+            )
     if gradient.layout != torch.strided:
         raise ConfigError(f"LoRDO: the gradient of {name} is sparse: set sparse=False in its nn.Embedding")
 
@@ -77,7 +91,7 @@ def refuse_shared_memory(named: Sequence[tuple[str, Tensor]]) -> None:
     """
     places = sorted(
         (str(tensor.device), tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size(), name)
-        for name, tensor in named
+        for name, tensor in ((name, local_part(whole)) for name, whole in named)
         if tensor.numel()
     )
     for (device, _, end, name), (next_device, start, _, next_name) in pairwise(places):

@@ -14,6 +14,7 @@ from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
+from lordo_ds.core.local import local_part
 from lordo_ds.core.steppable import refuse_unsteppable
 from lordo_ds.errors import ConfigError
 from lordo_ds.replica.copies import TiedWeight
@@ -57,7 +58,7 @@ def allocate(
     pieces = [(flat, piece) for flat in flats for piece in flat.pieces]
     facts = [piece.facts for _, piece in pieces]
     for flat, piece in pieces:
-        refuse_unsteppable(piece.facts.name, flat.tensor)
+        refuse_unsteppable(piece.facts.name, local_part(flat.tensor))
     plans = plan_parameters(config, facts, inside.of_every_rank(facts))
     precisions = {str(flat.tensor.dtype).removeprefix("torch.") for flat in flats}
     if len(precisions) > 1:

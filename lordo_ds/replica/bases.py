@@ -28,7 +28,8 @@ class Bases:
     Every rank of a replica follows the same control flow, also one without a matrix of its own (a pipeline stage of
     embeddings only). Nothing here crosses replicas.
 
-    `each_replica_its_own`: replicas do not share their bases. `some_replica_has_stepped`: as far as this rank knows.
+    `each_replica_its_own`: replicas do not share their bases. `at_owners`: they share what the owner of each computes.
+    `some_replica_has_stepped`: as far as this rank knows.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Bases:
     ) -> None:
         self.config, self.inside = config, inside
         self.items = [item for item in items if item.plan.low_rank]
-        self.each_replica_its_own = each_replica_its_own
+        self.each_replica_its_own, self.at_owners = each_replica_its_own, False
         self.some_replica_has_stepped = False
         self._complete = False
         self._notes: dict[str, str] = {}

@@ -14,6 +14,7 @@ from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import Interval, MatrixShards, Tile
 from lordo_ds.core.grouping import ParameterPlan
+from lordo_ds.core.local import local_part
 from lordo_ds.core.state import MOMENTS, WIRE_ERRORS, Kept
 from lordo_ds.costs import Holding
 from lordo_ds.replica.waiting import Waiting
@@ -87,11 +88,11 @@ class Fragment:
 
     def slice_of(self, tensor: Tensor) -> Tensor:
         """This fragment's elements of a tensor laid out like the one that is stepped: (numel,)."""
-        return tensor.reshape(-1)[self.offset : self.offset + self.numel]
+        return local_part(tensor).reshape(-1)[self.offset : self.offset + self.numel]
 
     @property
     def weight(self) -> Tensor:
-        return self._tensor.detach().view(-1)[self.offset : self.offset + self.numel]
+        return local_part(self._tensor).detach().view(-1)[self.offset : self.offset + self.numel]
 
     @property
     def tensor_shape(self) -> torch.Size:
@@ -101,7 +102,8 @@ class Fragment:
     @property
     def token(self) -> object:
         """The same as before, unless somebody has written to the stepped tensor openly."""
-        return self._tensor._version, self._tensor.data_ptr()
+        part = local_part(self._tensor)
+        return self._tensor._version, part._version, part.data_ptr()
 
     @property
     def steps_whole_parameter(self) -> bool:

@@ -50,7 +50,7 @@ class Steps:
     def _take_tensor(self, tensor: Tensor, group: Mapping[str, Any], step: int, executed_before: int) -> None:
         assert tensor.grad is not None
         fragments = self.held.of_tensor[tensor]
-        refuse_gradient(fragments[0].plan.name, tensor.grad)
+        refuse_gradient(fragments[0].plan.name, tensor, tensor.grad)
         low_rank = []
         compares = executed_before == 0 or self.schedule.plan(step).due
         for fragment in fragments:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.core.ownership import at_owners
 from lordo_ds.core.schedule import first_basis_due
 from lordo_ds.costs import Links, first_basis_bytes
 from lordo_ds.replica.bases import Bases
@@ -44,7 +43,7 @@ def first_bases_(bases: Bases, wire: ReplicaWire, step: int, executed_before: in
                 mean.copy_(item.waiting.gradient)
             wire.sum_(mean, "first_basis").div_(len(givers))
         bases.refresh(item, mean, step)
-        if at_owners(bases.config, wire.replicas) and item.has_basis:
+        if bases.at_owners and item.has_basis:
             wire.broadcast_(item.basis, "first_basis")  # replica 0's, however the others' hardware rounds
     bases.say(step)
 

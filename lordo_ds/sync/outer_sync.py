@@ -134,7 +134,7 @@ class OuterSync:
         Zero where it is new.
         """
         owners = at_owners(self.config, self.wire.replicas, self.members.changing)
-        self.bucket_sync.work_at_owners = owners
+        self.bucket_sync.work_at_owners = self.bases.at_owners = owners
         lossy, block = self.bucket_sync.codec.lossy and not self._alone, self.bucket_sync.codec.block
         for bucket in self.buckets if owners or lossy else ():
             items = [item for item in bucket if "anchor" in item.state]

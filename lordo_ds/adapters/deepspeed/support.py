@@ -47,6 +47,11 @@ def requested_settings(config: Any, client_optimizer: Any) -> LordoConfig:
             replicas all the same.
     """
     if isinstance(client_optimizer, LoRDO):
+        if client_optimizer.ranks.on_mesh:
+            raise ConfigError(
+                "LoRDO: deepspeed.initialize was given LoRDO(..., mesh=...), a mesh of fully_shard: leave the mesh "
+                "out, and say replica_size"
+            )
         return client_optimizer.config
     if client_optimizer is None:
         return LordoConfig.parse(config.optimizer_params or {})
