@@ -16,7 +16,7 @@ import sentencepiece
 
 from lordo_ds.data.cache import build_once, default_cache, remembered_digest
 from lordo_ds.data.corpus import Corpus, DataError, open_corpus
-from lordo_ds.data.indexed import read_lengths, token_dtype, write_indexed
+from lordo_ds.data.indexed import bin_path, read_lengths, token_dtype, write_indexed
 from lordo_ds.data.tokenizer import Tokenizer, train_tokenizer
 
 DEFAULT_VOCAB = 4096
@@ -67,7 +67,7 @@ class PreparedData:
     def validation_tokens(self, documents: int) -> npt.NDArray[np.integer]:
         """The tokens of the last `documents` documents."""
         lengths, dtype = read_lengths(self.prefix)
-        return np.memmap(self.prefix.with_suffix(".bin"), dtype=dtype, mode="r")[-int(lengths[-documents:].sum()) :]
+        return np.memmap(bin_path(self.prefix), dtype=dtype, mode="r")[-int(lengths[-documents:].sum()) :]
 
 
 def prepare(
@@ -148,15 +148,15 @@ def _build(folder: Path, corpus: Corpus, vocab_size: int) -> dict[str, int]:
     tokenizer = Tokenizer(model_path)
     seen = {"documents": 0, "text_bytes": 0}
 
-    def tokenized() -> Iterator[npt.NDArray[np.integer]]:
+    def tokenized() -> Iterator[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
         stream = corpus.documents()
         while batch := list(islice(stream, _BATCH_DOCUMENTS)):
             for text, ids in zip(batch, tokenizer.tokenize_all(batch), strict=True):
                 seen["documents"] += 1
                 seen["text_bytes"] += len(text.encode())
-                yield np.array([*ids, tokenizer.eod])
+                yield np.array([len(ids) + 1]), np.array([*ids, tokenizer.eod])
 
-    tokens = write_indexed(folder / "tokens", tokenized(), token_dtype(tokenizer.vocab_size), _SHUFFLE_SEED)
+    _, tokens = write_indexed(folder / "tokens", tokenized(), token_dtype(tokenizer.vocab_size), _SHUFFLE_SEED)
     info = {**seen, "tokens": tokens, "vocab_size": tokenizer.vocab_size}
     (folder / "info.json").write_text(json.dumps(info))
     return info

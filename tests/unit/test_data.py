@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,10 @@ def jsonl(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(some_text())))
     return path
+
+
+def one_by_one(documents: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return ((np.array([len(tokens)]), tokens) for tokens in documents)
 
 
 def quiet(_: str) -> None:
@@ -142,7 +147,7 @@ def test_index_files_give_back_every_document_shuffled(tmp_path: Path, vocab_siz
     documents = [generator.integers(0, vocab_size, size) for size in (3, 1, 7, 2, 12)]
     dtype = token_dtype(vocab_size)
     assert dtype.itemsize == (2 if vocab_size <= 65_536 else 4)
-    assert write_indexed(tmp_path / "t", iter(documents), dtype, seed=0) == 25
+    assert write_indexed(tmp_path / "t", one_by_one(documents), dtype, seed=0) == (5, 25)
     lengths, found = read_lengths(tmp_path / "t")
     assert found == dtype
     written = np.split(np.fromfile(tmp_path / "t.bin", dtype), np.cumsum(lengths)[:-1])
@@ -156,7 +161,7 @@ def test_megatron_reads_the_index_files_as_its_own(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     documents = [np.arange(start, start + size) for start, size in ((0, 5), (100, 1), (7, 30))]
-    write_indexed(tmp_path / "ours", iter(documents), token_dtype(4096), seed=0)
+    write_indexed(tmp_path / "ours", one_by_one(documents), token_dtype(4096), seed=0)
     ours = IndexedDataset(str(tmp_path / "ours"))
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for i in range(len(ours)):
