@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from lordo_ds.data import DataError, prepare, unigram_entropy
 from lordo_ds.data import cache as cache_module
@@ -126,6 +127,23 @@ def test_tokenizer_is_lossless_knows_every_character_and_trains_the_same_twice(t
         assert not {UNK, EOD, PAD} & set(ids)
     assert (tokenizer.eod, tokenizer.pad) == (EOD, PAD)
     assert tokenizer.vocab_size <= 600
+
+
+@pytest.mark.parametrize(("eos", "pad"), [(2, -1), (5, 3), (-1, 3)])
+def test_a_model_that_somebody_else_trained_serves_if_it_ends_documents(tmp_path: Path, eos: int, pad: int) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(some_text()), model_prefix=str(tmp_path / "m"), vocab_size=60, hard_vocab_limit=False,
+        unk_id=0, bos_id=1, eos_id=eos, pad_id=pad, minloglevel=2,
+    )  # fmt: skip
+    if eos < 0:
+        with pytest.raises(
+            DataError, match=r"m.model: has no piece that ends a document \(eos_id is -1\); train it with"
+        ):
+            Tokenizer(tmp_path / "m.model")
+    else:
+        tokenizer = Tokenizer(tmp_path / "m.model")
+        assert (tokenizer.eod, tokenizer.pad) == (eos, pad)
+        assert not {eos, pad} & set(tokenizer.tokenize("the replica averages"))
 
 
 @pytest.mark.parametrize("vocab_size", [0, 300, 511])
