@@ -24,7 +24,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="text or jsonl files; default: the embedded corpus",
+        help="text or jsonl files, or the PREFIX of what lordo data has made; default: the embedded corpus",
     )
     add("--train-steps", type=int, metavar="N", help="default: the JSON scheduler's total_num_steps")
     add("--seed", type=int, default=1234)

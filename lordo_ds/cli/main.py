@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lordo_ds.cli import ckpt
+from lordo_ds.cli import ckpt, data
 from lordo_ds.cli.printing import printable
 
 
@@ -15,6 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lordo", description="Tools for runs trained with LoRDO.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     ckpt.add_to(commands)
+    data.add_to(commands)
     chosen = parser.parse_args(arguments)
     try:
         chosen.run(chosen)

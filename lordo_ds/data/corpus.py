@@ -110,17 +110,16 @@ class FileCorpus:
     def documents(self) -> Iterator[str]:
         for path in self.paths:
             count = 0
-            for text in _jsonl_documents(path) if _is_jsonl(path) else _text_documents(path):
-                if text.strip():
-                    count += 1
-                    yield text
+            for text in documents_of(Extent(path)):
+                count += 1
+                yield text
             if not count:
                 raise DataError(f"{path}: holds only white space; take it away from --data or fill it")
 
     def fingerprint(self, digest: Digest | None = None) -> str:
         everything = hashlib.sha256(b"files")
         for path in self.paths:
-            everything.update(b"jsonl" if _is_jsonl(path) else b"text")
+            everything.update(b"jsonl" if is_jsonl(path) else b"text")
             everything.update((digest or content_digest)(path))
         return everything.hexdigest()
 
@@ -130,37 +129,65 @@ def open_corpus(paths: Sequence[str | Path]) -> Corpus:
     return FileCorpus(tuple(Path(path) for path in paths)) if paths else EmbeddedCorpus()
 
 
-def _is_jsonl(path: Path) -> bool:
+def is_jsonl(path: Path) -> bool:
     return path.suffix.lower() in JSONL_SUFFIXES
 
 
-def content_digest(path: Path) -> bytes:
-    """SHA-256 of a file's bytes."""
+def content_digest(path: Path, read: Callable[[int], None] = lambda _: None) -> bytes:
+    """SHA-256 of a file's bytes; `read` is told how many more bytes were read."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_READ_BYTES):
             digest.update(block)
+            read(len(block))
     return digest.digest()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and text, with its line end, of every line of a UTF-8 file."""
-    with path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            try:
-                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}: line {number}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; "
-                    f"convert the file first, as in iconv -f LATIN1 -t UTF-8"
-                ) from None
+@dataclass(frozen=True)
+class Extent:
+    """Whole lines of a UTF-8 file: its bytes from `start` to `stop` (None: its end)."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Number (from 1, in this extent) and text, with its line end, of every line."""
+        left = sys.maxsize if self.stop is None else self.stop - self.start
+        with self.path.open("rb") as stream:
+            stream.seek(self.start)
+            number = 0
+            while left > 0 and (raw := stream.readline()):
+                number, left = number + 1, left - len(raw)
+                try:
+                    yield number, raw.decode("utf-8-sig" if self.start == 0 and number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{self.place(number)}: byte {error.start + 1} (0x{raw[error.start]:02x}) is not UTF-8; "
+                        f"convert the file first, as in iconv -f LATIN1 -t UTF-8"
+                    ) from None
+
+    def place(self, number: int) -> str:
+        """The file, and which of its lines is line `number` of this extent; reads all that stands before it."""
+        left, before = self.start, 0
+        with self.path.open("rb") as stream:
+            while left and (block := stream.read(min(left, _READ_BYTES))):
+                left -= len(block)
+                before += block.count(b"\n")
+        return f"{self.path}: line {before + number}"
 
 
-def _text_documents(path: Path) -> Iterator[str]:
+def documents_of(extent: Extent, key: str = "text") -> Iterator[str]:
+    """The documents in these lines that are not white space alone; `key` is where a jsonl file has the text."""
+    documents = _jsonl_documents(extent, key) if is_jsonl(extent.path) else _text_documents(extent)
+    return (text for text in documents if text.strip())
+
+
+def _text_documents(extent: Extent) -> Iterator[str]:
     """Cut at the first blank line past `TEXT_DOCUMENT_CHARS`, or at any line end past twice that."""
     held: list[str] = []
     chars = 0
-    for _, line in _lines(path):
+    for _, line in extent.lines():
         held.append(line)
         chars += len(line)
         if chars >= TEXT_DOCUMENT_CHARS and (not line.strip() or chars >= 2 * TEXT_DOCUMENT_CHARS):
@@ -170,21 +197,36 @@ def _text_documents(path: Path) -> Iterator[str]:
         yield "".join(held)
 
 
-def _jsonl_documents(path: Path) -> Iterator[str]:
-    rule = 'each line must be one JSON object like {"text": "..."}'
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}: line {number}: not JSON ({error.msg} at column {error.colno}); {rule}") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}: line {number}: a JSON {type(record).__name__}, not an object; {rule}")
-        if "text" not in record:
-            keys = ", ".join(map(repr, record)) or "none"
-            raise DataError(f'{path}: line {number}: no key "text" (keys: {keys}); {rule}')
-        if not isinstance(record["text"], str):
-            kind = type(record["text"]).__name__
-            raise DataError(f'{path}: line {number}: "text" is a {kind}, not a string; {rule}')
-        yield record["text"]
+def _jsonl_documents(extent: Extent, key: str) -> Iterator[str]:
+    for number, line in extent.lines():
+        if line.strip():
+            try:
+                yield _text_of_record(line, key)
+            except DataError as error:
+                example = json.dumps({key: "..."})
+                raise DataError(
+                    f"{extent.place(number)}: {error}; each line must be one JSON object like {example}"
+                ) from None
+
+
+def _text_of_record(line: str, key: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise DataError("not JSON that can be read (nested too deeply)") from None
+    if not isinstance(record, dict):
+        raise DataError(f"a JSON {type(record).__name__}, not an object")
+    if key not in record:
+        raise DataError(f"no key {json.dumps(key)} (keys: {', '.join(map(repr, record)) or 'none'})")
+    text = record[key]
+    if not isinstance(text, str):
+        raise DataError(f"{json.dumps(key)} is a {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{json.dumps(key)} has half a surrogate pair (\\u{ord(text[error.start]):04x}), which is no character"
+        ) from None
+    return text

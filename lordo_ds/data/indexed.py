@@ -7,9 +7,11 @@ dtype code (u8), number of sequences (u64), number of document boundaries (u64),
 
 from __future__ import annotations
 
+import mmap
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,11 @@ _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 
+_COPY_BUFFER_BYTES = 1 << 20
+_COPY_DOCUMENTS = 1 << 16
+
 Tokens = npt.NDArray[np.integer]
+Lengths = npt.NDArray[np.integer]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -29,31 +35,66 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return _DTYPES[8] if vocab_size <= 1 << 16 else _DTYPES[4]
 
 
-def write_indexed(prefix: Path, documents: Iterable[Tokens], dtype: np.dtype, seed: int) -> int:
+def bin_path(prefix: Path) -> Path:
+    """Where the tokens lie; a prefix may have dots in its name."""
+    return prefix.with_name(f"{prefix.name}.bin")
+
+
+def idx_path(prefix: Path) -> Path:
+    """Where the index lies."""
+    return prefix.with_name(f"{prefix.name}.idx")
+
+
+def write_indexed(
+    prefix: Path,
+    batches: Iterable[tuple[Lengths, Tokens]],
+    dtype: np.dtype,
+    seed: int,
+    chosen: Callable[[], npt.NDArray[np.bool_]] | None = None,
+    copied: Callable[[int], None] = lambda _: None,
+) -> tuple[int, int]:
     """Write `prefix.bin` and `prefix.idx`, the documents in an order shuffled by `seed`.
 
     Megatron holds out the last documents of the file: shuffled, they are like the others. The tokens are
-    first laid down as they come and then copied in order, so memory holds one document at a time.
+    first laid down as they come and then copied in order, so memory holds one batch of documents at a time.
+
+    Args:
+        batches: tokens in each of some documents, (documents,), and the tokens themselves, end to end.
+        chosen: called after the last batch; which documents are kept, (documents,). None: all.
+        copied: told how many more bytes were written; in all each token is written twice.
 
     Returns:
-        The number of tokens written.
+        The numbers of documents and of tokens written.
     """
-    arrival = prefix.with_suffix(".arrival")
-    lengths = []
+    arrival = prefix.with_name(f"{prefix.name}.arrival")
+    arrived_sizes = [np.zeros(0, np.int64)]
     with arrival.open("wb") as stream:
-        for tokens in documents:
-            stream.write(np.asarray(tokens, dtype=dtype).tobytes())
-            lengths.append(len(tokens))
-    sizes = np.array(lengths, dtype=np.int64)
+        for lengths, tokens in batches:
+            stream.write(np.ascontiguousarray(tokens, dtype=dtype).data)
+            copied(len(tokens) * dtype.itemsize)
+            arrived_sizes.append(np.asarray(lengths, dtype=np.int64))
+    sizes = np.concatenate(arrived_sizes)
+    kept = np.arange(len(sizes)) if chosen is None else np.flatnonzero(chosen())
+    order = np.random.default_rng(seed).permutation(kept)
     starts = _starts(sizes)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    arrived = np.memmap(arrival, dtype=dtype, mode="r")
-    with prefix.with_suffix(".bin").open("wb") as stream:
-        for document in order:
-            stream.write(arrived[starts[document] : starts[document] + sizes[document]].tobytes())
-    del arrived
+    with bin_path(prefix).open("wb", buffering=_COPY_BUFFER_BYTES) as stream:
+        for first in range(0, len(order), _COPY_DOCUMENTS):
+            some = order[first : first + _COPY_DOCUMENTS]
+            copied(_copy_documents(arrival, stream, starts[some] * dtype.itemsize, sizes[some] * dtype.itemsize))
     arrival.unlink()
-    _write_index(prefix.with_suffix(".idx"), sizes[order], dtype)
+    _write_index(idx_path(prefix), sizes[order], dtype)
+    return len(order), int(sizes[order].sum())
+
+
+def _copy_documents(
+    arrival: Path, written: BinaryIO, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+) -> int:
+    """Copy ranges of bytes of a file, in the order given, end to end; returns how many bytes."""
+    if not sizes.any():
+        return 0
+    with arrival.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as arrived:
+        for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+            written.write(arrived[start : start + size])
     return int(sizes.sum())
 
 
@@ -73,7 +114,7 @@ def read_lengths(prefix: Path) -> tuple[npt.NDArray[np.int32], np.dtype]:
     Raises:
         DataError: the index is not one, is damaged, or does not fit the tokens beside it.
     """
-    index, tokens = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
+    index, tokens = idx_path(prefix), bin_path(prefix)
     try:
         raw, token_bytes = index.read_bytes(), tokens.stat().st_size
     except OSError as error:

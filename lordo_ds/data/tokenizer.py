@@ -23,7 +23,8 @@ _LONGEST_LINE_CHARS = 4_096
 class Tokenizer:
     """Text to ids and back; also what Megatron's `GPTDatasetConfig(tokenizer=...)` asks of a tokenizer.
 
-    `eod` ends a document and `pad` never occurs in data, so Megatron masks nothing by accident.
+    `eod` ends a document and `pad` never occurs in data, so Megatron masks nothing by accident; it is -1 in a
+    model without such a piece.
     """
 
     def __init__(self, model_path: str | Path) -> None:
@@ -35,10 +36,10 @@ class Tokenizer:
         self.vocab_size: int = self._model.get_piece_size()
         self.eod: int = self._model.eos_id()
         self.pad: int = self._model.pad_id()
-        if (self.eod, self.pad) != (EOD, PAD):
+        if self.eod < 0:
             raise DataError(
-                f"{model_path}: the end of a document is piece {self.eod} and padding {self.pad}, not {EOD} and {PAD}: "
-                "not a model that train_tokenizer made"
+                f"{model_path}: has no piece that ends a document (eos_id is {self.eod}); train it with --eos_id, or "
+                "let lordo_ds train one"
             )
         # Megatron hashes these into the names of its index files.
         self.unique_identifiers = OrderedDict(
@@ -48,12 +49,18 @@ class Tokenizer:
     def tokenize(self, text: str) -> list[int]:
         return list(self._model.encode(text))
 
-    def tokenize_all(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `tokenize` on each text, on all cores; the ids do not depend on how many there are."""
-        return list(self._model.encode(list(texts), num_threads=os.cpu_count() or 1))
+    def tokenize_all(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
+        """As `tokenize` on each text, on all cores or so many; the ids do not depend on how many there are."""
+        return list(self._model.encode(list(texts), num_threads=threads or os.cpu_count() or 1))
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return str(self._model.decode([int(token) for token in ids]))
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise `DataError` where a vocabulary is too small whatever the text."""
+    if vocab_size < SMALLEST_VOCAB:
+        raise DataError(f"vocab_size {vocab_size}: must be at least {SMALLEST_VOCAB} (256 bytes, characters, pieces)")
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
@@ -68,8 +75,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     Raises:
         DataError: the vocabulary is too small for the characters of the text.
     """
-    if vocab_size < SMALLEST_VOCAB:
-        raise DataError(f"vocab_size {vocab_size}: must be at least {SMALLEST_VOCAB} (256 bytes, characters, pieces)")
+    check_vocab_size(vocab_size)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from lordo_ds.data import DataError, prepare, unigram_entropy
 from lordo_ds.data import cache as cache_module
@@ -34,6 +36,10 @@ def jsonl(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(some_text())))
     return path
+
+
+def one_by_one(documents: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return ((np.array([len(tokens)]), tokens) for tokens in documents)
 
 
 def quiet(_: str) -> None:
@@ -123,6 +129,23 @@ def test_tokenizer_is_lossless_knows_every_character_and_trains_the_same_twice(t
     assert tokenizer.vocab_size <= 600
 
 
+@pytest.mark.parametrize(("eos", "pad"), [(2, -1), (5, 3), (-1, 3)])
+def test_a_model_that_somebody_else_trained_serves_if_it_ends_documents(tmp_path: Path, eos: int, pad: int) -> None:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(some_text()), model_prefix=str(tmp_path / "m"), vocab_size=60, hard_vocab_limit=False,
+        unk_id=0, bos_id=1, eos_id=eos, pad_id=pad, minloglevel=2,
+    )  # fmt: skip
+    if eos < 0:
+        with pytest.raises(
+            DataError, match=r"m.model: has no piece that ends a document \(eos_id is -1\); train it with"
+        ):
+            Tokenizer(tmp_path / "m.model")
+    else:
+        tokenizer = Tokenizer(tmp_path / "m.model")
+        assert (tokenizer.eod, tokenizer.pad) == (eos, pad)
+        assert not {eos, pad} & set(tokenizer.tokenize("the replica averages"))
+
+
 @pytest.mark.parametrize("vocab_size", [0, 300, 511])
 def test_a_vocabulary_below_the_bytes_is_refused(tmp_path: Path, jsonl: Path, vocab_size: int) -> None:
     with pytest.raises(DataError, match=f"vocab_size {vocab_size}: must be at least 512"):
@@ -142,7 +165,7 @@ def test_index_files_give_back_every_document_shuffled(tmp_path: Path, vocab_siz
     documents = [generator.integers(0, vocab_size, size) for size in (3, 1, 7, 2, 12)]
     dtype = token_dtype(vocab_size)
     assert dtype.itemsize == (2 if vocab_size <= 65_536 else 4)
-    assert write_indexed(tmp_path / "t", iter(documents), dtype, seed=0) == 25
+    assert write_indexed(tmp_path / "t", one_by_one(documents), dtype, seed=0) == (5, 25)
     lengths, found = read_lengths(tmp_path / "t")
     assert found == dtype
     written = np.split(np.fromfile(tmp_path / "t.bin", dtype), np.cumsum(lengths)[:-1])
@@ -156,7 +179,7 @@ def test_megatron_reads_the_index_files_as_its_own(tmp_path: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
     documents = [np.arange(start, start + size) for start, size in ((0, 5), (100, 1), (7, 30))]
-    write_indexed(tmp_path / "ours", iter(documents), token_dtype(4096), seed=0)
+    write_indexed(tmp_path / "ours", one_by_one(documents), token_dtype(4096), seed=0)
     ours = IndexedDataset(str(tmp_path / "ours"))
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.uint16)
     for i in range(len(ours)):

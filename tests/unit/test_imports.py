@@ -16,6 +16,7 @@ ROOMS = {
     "errors": (),
     "version": (),
     "disk": (),
+    "progress": (),
     "config_errors": ("errors",),
     "config": ("errors", "config_errors"),
     "watch": ("errors",),
@@ -41,8 +42,8 @@ ROOMS = {
         "errors", "disk", "watch", "config", "core", "checkpoint", "comm", "costs", "replica", "sync", "start_table",
         "saved_state", "optimizer", "handle", "status", "adapters",
     ),
-    "data": ("errors", "disk"),
-    "cli": ("errors", "config", "checkpoint", "costs"),
+    "data": ("errors", "disk", "progress"),
+    "cli": ("errors", "progress", "config", "checkpoint", "costs", "data"),
 }  # fmt: skip
 # Where every user comes in: the package itself, whose names are all that it has.
 PUBLIC = "lordo_ds"
