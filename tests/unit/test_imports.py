@@ -27,9 +27,9 @@ ROOMS = {
     "replica": ("errors", "config", "core", "comm", "costs"),
     "sync": ("errors", "version", "config", "core", "comm", "costs", "replica"),
     "start_table": ("config", "core", "costs", "replica"),
-    "ranks": ("checkpoint", "comm", "core", "replica"),
+    "ranks": ("config", "checkpoint", "comm", "core", "replica"),
     "alone": ("errors", "watch", "config", "core", "comm", "replica", "sync", "start_table", "ranks"),
-    "adapters.fsdp2": ("errors", "checkpoint", "core", "comm", "replica", "ranks"),
+    "adapters.fsdp2": ("errors", "config", "checkpoint", "core", "comm", "replica", "ranks"),
     "saved_state": ("errors", "watch", "config", "core", "checkpoint", "comm", "replica", "sync", "ranks"),
     "optimizer": (
         "errors", "watch", "config", "core", "checkpoint", "comm", "replica", "sync", "start_table", "ranks", "alone",
