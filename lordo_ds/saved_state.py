@@ -171,6 +171,7 @@ def _check_fits(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> None:
             f"first difference: {odd[0]!r} against {odd[1]!r}"
         )
     refuse_differences(saved, header_of(run), "the saved state", run.config.key(""), run.resume_hint)
+    _check_owned(run, saved)
     states, groups = state_dict.get("state"), state_dict.get("param_groups")
     if not (isinstance(states, dict) and isinstance(groups, list) and all(isinstance(one, dict) for one in groups)):
         raise CheckpointError("LoRDO: the saved state has no states, or no parameter groups: it is damaged")
@@ -183,10 +184,21 @@ def _check_fits(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> None:
             _check_entries(fragment, entries)
 
 
+def _check_owned(run: Run, saved: Header) -> None:
+    inside = run.sync.inside if run.sync else InsideReplica()
+    here = inside.shard.size, inside.tensor.size
+    owners = any("owner_momentum" in fragment.state for fragment in run.held.fragments)
+    if owners and saved.owned_over not in (None, here):
+        raise CheckpointError(
+            f"LoRDO: the saved state is of replicas with (shards, tensor slices) {saved.owned_over}, this run has "
+            f"{here}, where a replica owns, and keeps the outer momentum of, other parameters: load it with as many"
+        )
+
+
 def _with_saved(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> list[tuple[Fragment, Any]]:
     """Every fragment and what was saved of it."""
     owned: dict[str, tuple[int, int] | None] = {layout.name: layout.owned for layout in saved.fragments}
-    if _is_of_others(run, saved):
+    if saved.owned_over is not None:
         owned = dict.fromkeys(owned)
     found = []
     for index, tensor in enumerate(_stepped(run)):
@@ -214,13 +226,6 @@ def _check_entries(fragment: Fragment, saved: Any) -> None:
             wanted, found = type(current).__name__, type(value).__name__
         if found != wanted:
             raise CheckpointError(f"LoRDO: {key!r} of {name} is {found} in the saved state and {wanted} here")
-
-
-def _is_of_others(run: Run, saved: Header) -> bool:
-    """Whether the header is that of the first rank, and whole parameters, and this is another rank."""
-    inside = run.sync.inside if run.sync else InsideReplica()
-    here = (inside.shard.size, inside.tensor.size)
-    return (saved.mesh.shards, saved.mesh.slices) != here and (inside.shard.index, inside.tensor.index) != (0, 0)
 
 
 def _as_kept_here(fragment: Fragment, saved: Any, owned: tuple[int, int] | None) -> Any:

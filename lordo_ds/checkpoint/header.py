@@ -169,7 +169,11 @@ class Counters(_Plain):
 
 
 class Header(_Plain):
-    """Everything about one rank's optimizer state that is not a tensor."""
+    """Everything about one rank's optimizer state that is not a tensor.
+
+    `owned_over`: where a state is of whole parameters, what owners keep of them among it, and it is to be cut over as
+    many shards and tensor slices again; None where each rank's file says what was owned.
+    """
 
     format: int
     settings: PlainSettings
@@ -179,6 +183,7 @@ class Header(_Plain):
     counters: Counters
     bytes_sent: dict[str, int]
     rows: tuple[tuple[float, ...], ...]
+    owned_over: tuple[PositiveInt, PositiveInt] | None = None
 
     @classmethod
     def of(cls, state: Any, where: str) -> Header:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.inside import InsideComm
-from lordo_ds.core.state import MOMENTA
+from lordo_ds.core.state import MOMENTA, WIRE_ERRORS
 from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
 
@@ -65,7 +65,7 @@ class TensorCopies:
         for item in bucket:
             if item.duplicated:
                 tensors += [item.weight, *(tensor for _, tensor, _ in item.moments())]
-                tensors += [item.state[name] for name in MOMENTA if name in item.state]
+                tensors += [item.state[name] for name in (*MOMENTA, *WIRE_ERRORS) if name in item.state]
             elif "row_mean_sq" in item.state:
                 tensors.append(item.state["row_mean_sq"])
         self._broadcast(tensors)

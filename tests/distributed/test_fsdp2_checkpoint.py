@@ -43,14 +43,16 @@ LAYOUTS = [(2, 2, 1), (1, 3, 1), (2, 1, 2), (1, 2, 2)]  # replicas, shards, tens
 class Run:
     """A model on its mesh, and its optimizer; weights start at what is given plus `shift`."""
 
-    def __init__(self, shards: int, tensor: int, shift: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, shards: int, tensor: int, shift: float = 0.0, dtype: torch.dtype = torch.float32, **settings: Any
+    ) -> None:
         self.model, mesh = sharded.replicas_of(shards, tensor, dtype)
         self.replica, self.shard, self.index = sharded.place_of(mesh)
         self.shards, self.tensor, self.dtype = shards, tensor, dtype
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(shift)
-        self.optimizer = LoRDO(self.model, mesh=mesh, **SETTINGS)
+        self.optimizer = LoRDO(self.model, mesh=mesh, **{**SETTINGS, **settings})
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last + 1):
@@ -96,8 +98,8 @@ def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
     return [name for name in a if not torch.equal(a[name], b[name])]
 
 
-def resumed(folder: str, shards: int, tensor: int) -> dict[str, Any]:
-    straight = Run(shards, tensor)
+def resumed(folder: str, shards: int, tensor: int, **settings: Any) -> dict[str, Any]:
+    straight = Run(shards, tensor, **settings)
     straight.train(1, SAVED_AT)
     straight.save(folder)
     saved = straight.tensors()
@@ -105,14 +107,14 @@ def resumed(folder: str, shards: int, tensor: int) -> dict[str, Any]:
     straight.train(SAVED_AT + 1, STEPS)
     found: dict[str, Any] = {"ends": {k: v for k, v in straight.tensors().items() if " " not in k}}
 
-    again = Run(shards, tensor, shift=1.0 + dist.get_rank())
+    again = Run(shards, tensor, shift=1.0 + dist.get_rank(), **settings)
     again.load(folder)
     found["loaded"] = differences(again.tensors(), saved)
     found["counters"] = again.optimizer.attempted_steps, again.optimizer.next_sync_in
     again.train(SAVED_AT + 1, STEPS)
     found["trained"] = differences(again.tensors(), straight.tensors())
 
-    at_once = Run(shards, tensor, shift=1.0)  # the weights first, and nothing asked of the optimizer before
+    at_once = Run(shards, tensor, shift=1.0, **settings)  # the weights first, and nothing asked of the optimizer before
     set_model_state_dict(at_once.model, in_memory[0])
     set_optimizer_state_dict(at_once.model, at_once.optimizer, in_memory[1])
     found["loaded at once"] = differences(at_once.tensors(), saved)
@@ -121,9 +123,18 @@ def resumed(folder: str, shards: int, tensor: int) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("replicas", "shards", "tensor"), LAYOUTS)
-def test_a_run_goes_on_bitwise(tmp_path: Path, replicas: int, shards: int, tensor: int) -> None:
-    found = run_ranks(resumed, replicas * shards * tensor, str(tmp_path), shards, tensor, timeout_s=120)
+OWNERS = {"pseudo_gradient_dtype": "int8", "outer": {"momentum": 0.7, "orthogonalize": True, "compute": "owner"}}
+
+
+@pytest.mark.parametrize(
+    ("replicas", "shards", "tensor", "settings"),
+    [*((*layout, {}) for layout in LAYOUTS), (2, 2, 1, OWNERS), (2, 1, 2, OWNERS)],
+)
+def test_a_run_goes_on_bitwise(
+    tmp_path: Path, replicas: int, shards: int, tensor: int, settings: dict[str, Any]
+) -> None:
+    world = replicas * shards * tensor
+    found = run_ranks(resumed, world, str(tmp_path), shards, tensor, **settings, timeout_s=120)
     for one in found:
         assert not one["loaded"] and not one["loaded at once"]
         assert one["counters"] == (SAVED_AT, 1)
@@ -158,6 +169,24 @@ def test_another_number_of_shards_goes_on_too(tmp_path: Path, shards: int) -> No
     ended = run_ranks(saved_and_ended, 2, str(tmp_path), timeout_s=60)[0]
     for found in run_ranks(resumed_on_others, shards, str(tmp_path), shards, timeout_s=60):
         assert max(float((found[name] - ended[name]).abs().max()) for name in ended) < 1e-9
+
+
+def save_with_owners(folder: str) -> None:
+    run = Run(2, 1, **OWNERS)
+    run.train(1, SAVED_AT)
+    run.save(folder)
+
+
+def load_with_owners(folder: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Run(1, 1, **OWNERS).load(folder)
+    return str(caught.value)
+
+
+def test_what_the_owners_keep_goes_to_as_many_shards_only(tmp_path: Path) -> None:
+    run_ranks(save_with_owners, 4, str(tmp_path), timeout_s=60)
+    for said in run_ranks(load_with_owners, 2, str(tmp_path), timeout_s=60):
+        assert "(shards, tensor slices) (2, 1)" in said and "load it with as many" in said
 
 
 def full_states(shards: int, tensor: int) -> dict[str, dict[str, Any]]:

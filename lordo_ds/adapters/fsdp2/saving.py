@@ -33,6 +33,7 @@ def whole_header(header: Header) -> Header:
             "mesh": Mesh(replicas=header.mesh.replicas, replica=header.mesh.replica),
             "fragments": tuple(_whole(one) for one in header.fragments),
             "bytes_sent": {},
+            "owned_over": (header.mesh.shards, header.mesh.slices),
         }
     )
 
@@ -51,7 +52,6 @@ def _whole(layout: FragmentLayout) -> FragmentLayout:
         interval=(0, prod(shape)),
         tensor=layout.tensor,
         offset=0,
-        owned=layout.owned,
     )
 
 
