@@ -14,6 +14,7 @@ from lordo_ds.comm.connect import connect
 from lordo_ds.comm.groups import replica_groups
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.nodes import layout_of_replicas
+from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor
@@ -86,5 +87,5 @@ def replicas_of_torch(config: LordoConfig, device: torch.device) -> tuple[Replic
     if several_ranks():
         groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), config.replica_size, "replica_size"))
         if groups.layout.replica_count > 1:
-            return connect(groups, device, config.wire_throttle, sharded=False, only_data_parallel=True)
+            return connect(groups, device, SlowLink.of(config.wire_throttle), sharded=False, only_data_parallel=True)
     return ReplicaWire(), InsideReplica(device=device)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained
 from lordo_ds.comm.inside import InsideComm
+from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, model_facts
 from lordo_ds.errors import ConfigError
@@ -175,7 +176,7 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
     facts = named_facts(model, groups.tensor_size)
     flats = [FlatTensor.of_one(tensors[parameter], fact) for parameter, fact in facts.items() if parameter in tensors]
     device = flats[0].tensor.device
-    wire, inside = connect(groups, device, lordo.config.wire_throttle, sharded=False)
+    wire, inside = connect(groups, device, SlowLink.of(lordo.config.wire_throttle), sharded=False)
     equalise_untrained(model, tensors.keys(), wire, device)
     lordo.attach(flats, wire, inside, _tied(model, facts))
 

@@ -8,13 +8,12 @@ from lordo_ds.comm.groups import ReplicaGroups
 from lordo_ds.comm.inside import InsideComm, InsideReplica
 from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.comm.wire import ReplicaWire
-from lordo_ds.config import WireThrottle
 
 
 def connect(
     groups: ReplicaGroups,
     device: torch.device,
-    throttle: WireThrottle | None,
+    slow_link: SlowLink | None,
     *,
     sharded: bool,
     only_data_parallel: bool = False,
@@ -24,7 +23,8 @@ def connect(
     Args:
         groups: this rank's place on the mesh.
         device: where the stepped tensors of this rank are trained.
-        throttle: of the wire, from the first thing that it sends: before an optimizer attaches to it.
+        slow_link: that the wire imitates from its first collective on, before an optimizer attaches; wires of one rank
+            share it.
         sharded: the ranks of `groups.shard` each step a part of every tensor. Otherwise each of them steps whole
             tensors, the same ones: they are twins, who share out what crosses replicas, and a matrix has no shards.
             What they record of their own data differs either way.
@@ -40,5 +40,5 @@ def connect(
         device=device,
     )
     wire = ReplicaWire(groups.replica, twins=None if sharded else rows)
-    wire.slow_link = SlowLink.of(throttle)
+    wire.slow_link = slow_link
     return wire, inside

@@ -16,6 +16,7 @@ from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained, warn_of_left_out
 from lordo_ds.comm.groups import ReplicaGroups, make_groups
 from lordo_ds.comm.inside import InsideComm
+from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.core.grouping import model_facts
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.replica.copies import TiedWeight
@@ -25,7 +26,8 @@ def attach_optimizer(engine: Any, groups: ReplicaGroups, version: str) -> None:
     """Give the engine's optimizer its tensors and its replicas. Collective: the replicas' weights are made equal."""
     optimizer: LoRDO = engine.basic_optimizer
     facts = model_facts(engine.module, groups.tensor_size)
-    wire, inside = connect(groups, engine.device, optimizer.config.wire_throttle, sharded=bool(shard_groups(engine)))
+    link = SlowLink.of(optimizer.config.wire_throttle)
+    wire, inside = connect(groups, engine.device, link, sharded=bool(shard_groups(engine)))
     flats = flat_tensors(engine, facts)
     names = {piece.facts.name for flat in flats for piece in flat.pieces}
     trained = {parameter for parameter, fact in facts.items() if fact.name in names}

@@ -16,6 +16,7 @@ from lordo_ds.checkpoint.header import Header
 from lordo_ds.comm.connect import connect
 from lordo_ds.comm.groups import of_all_ranks, replica_groups
 from lordo_ds.comm.inside import InsideReplica
+from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor, Piece
@@ -124,7 +125,9 @@ class MeshRanks(Ranks):
         of_rank = of_all_ranks(shards)
         layout = ReplicaLayout(tuple(of_rank[rank] for rank in self.lines["replica"]))
         groups = replica_groups(layout, slices)
-        return connect(groups, device, config.wire_throttle, sharded=True, only_data_parallel=len(slices) == 1)
+        return connect(
+            groups, device, SlowLink.of(config.wire_throttle), sharded=True, only_data_parallel=len(slices) == 1
+        )
 
     # -- saving --------------------------------------------------------------------------------------
 
