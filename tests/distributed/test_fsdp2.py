@@ -19,6 +19,7 @@ from lordo_ds.core.schedule import sync_plan
 from tests import problems, sharded
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
+from tests.ranks import run_ranks
 from tests.references import Trajectory, trajectory
 
 pytestmark = pytest.mark.distributed
@@ -120,3 +121,33 @@ def test_moments_are_divided_by_the_shards() -> None:
     for kind in ("exp_avg", "exp_avg_sq", "anchor", "dense_exp_avg"):
         assert sum(state[kind] for state in halved[:2]) == whole[0][kind]
         assert max(state[kind] for state in halved) < 0.6 * whole[0][kind]
+
+
+# -- clipping ------------------------------------------------------------------------------------------
+
+
+def clipped(shards: int, tensor: int, max_norm: float) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """The norm before and after, and the gradients after it."""
+    model, mesh = sharded.replicas_of(shards, tensor, torch.float64)
+    replica, shard, index = sharded.place_of(mesh)
+    model(sharded.given(1, replica, shard, shards, (index, tensor), torch.float64)).backward()
+    before = lordo_ds.clip_grad_norm_(model.parameters(), max_norm)
+    after = lordo_ds.clip_grad_norm_(model.parameters(), 1e9)
+    return float(before), float(after), {name: sharded.whole(p.grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("shards", "tensor"), [(2, 1), (1, 2), (2, 2)])
+def test_gradients_are_clipped_by_the_norm_of_the_whole_replica(shards: int, tensor: int) -> None:
+    replicas = 4 // (shards * tensor)
+    found = run_ranks(clipped, 4, shards, tensor, 2.0, timeout_s=60)
+    for rank, (before, after, gradients) in enumerate(found):
+        first = rank // (shards * tensor) * shards
+        each = [problems.gradients(1, at, torch.float64) for at in range(first, first + shards)]
+        mean = {name: torch.stack([one[name] for one in each]).mean(0) for name in problems.SHAPES}
+        norm = float(torch.cat([gradient.flatten() for gradient in mean.values()]).norm())
+        assert before == pytest.approx(norm) and after == pytest.approx(2.0) and norm > 4.0
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                gradient, mean[name.removesuffix(".weight")] * (2.0 / norm), rtol=1e-5, atol=1e-9
+            )
+    assert len({round(before, 9) for before, *_ in found}) == replicas, "each replica by its own norm"
