@@ -292,7 +292,7 @@ class LoRDO(torch.optim.Optimizer):
         not LoRDO's, of another format, or that does not fit this run is a CheckpointError; nothing is changed then.
         """
         saved_state.load(self, self.ranks.unpack(state_dict))
-        self._starts_later = False
+        self._starts_later = not (self.managed or self.attempted_steps)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
         """The header of a state that fits, else a CheckpointError; the groups must hold the stepped tensors."""

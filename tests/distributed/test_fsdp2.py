@@ -35,10 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "error_feedback": {"error_feedback": "fp32", "qh_mode": "factored", "outer": {"lr": 0.7, "momentum": 0.7}},
 }
-# Where elements go is the same in every precision: fp64 shows it where fp32 is too coarse.
-PRECISIONS = {case: ("fp32", "fp64") if case == "spectral" else ("fp32",) for case in CASES}
 LAYOUTS = [(1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 3, 1), (1, 2, 2), (2, 1, 2)]  # replicas, shards, tensor
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def facts(tensor: int) -> list[ParameterFacts]:
@@ -47,9 +44,9 @@ def facts(tensor: int) -> list[ParameterFacts]:
     return [replace(fact, partition_dim=dims.get(fact.name)) for fact in problems.facts()]
 
 
-def follow(expected: Trajectory, shards: int, tensor: int, case: str, precision: str) -> dict[str, Any]:
+def follow(expected: Trajectory, shards: int, tensor: int, case: str, dtype: torch.dtype) -> dict[str, Any]:
     """Largest distance to the reference after every step, and what crossed replicas."""
-    dtype, settings = DTYPES[precision], {**BASE, **CASES[case]}
+    settings = {**BASE, **CASES[case]}
     model, mesh = sharded.replicas_of(shards, tensor, dtype)
     replica, shard, index = sharded.place_of(mesh)
     optimizer = LoRDO(model, mesh=mesh, **settings)
@@ -75,27 +72,22 @@ def follow(expected: Trajectory, shards: int, tensor: int, case: str, precision:
     return {"worst": worst, "between": between, "wrong": wrong, "status": lordo_ds.status(optimizer)}
 
 
-Case = tuple[str, str]
-
-
 @once
-def all_cases(replicas: int, shards: int, tensor: int) -> Found[Case]:
+def all_cases(replicas: int, shards: int, tensor: int) -> Found[str]:
     cases = {}
     for case in CASES:
-        for precision in PRECISIONS[case]:
-            expected = trajectory({**BASE, **CASES[case]}, facts(tensor), replicas, DTYPES[precision], STEPS, shards)
-            cases[case, precision] = (expected, shards, tensor, case, precision)
+        # Small singular values come up with their rounding; where elements go is the same in fp64.
+        dtype = torch.float64 if case == "spectral" else torch.float32
+        expected = trajectory({**BASE, **CASES[case]}, facts(tensor), replicas, dtype, STEPS, shards)
+        cases[case] = (expected, shards, tensor, case, dtype)
     return run_cases(follow, replicas * shards * tensor, cases, timeout_s=180)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("replicas", "shards", "tensor"), LAYOUTS)
 def test_every_layout_follows_the_reference(replicas: int, shards: int, tensor: int, case: str) -> None:
-    for precision in PRECISIONS[case]:
-        # Small singular values come up with their rounding: see tests/integration/test_zero_trajectories.py.
-        limit = 1e-6 if precision == "fp64" else 1e-4 if case == "spectral" else 1e-5
-        for rank, found in enumerate(all_cases(replicas, shards, tensor)[case, precision]):
-            assert found["worst"] < limit, f"rank {rank} in {precision}: {found['worst']:.1e}"
+    for rank, found in enumerate(all_cases(replicas, shards, tensor)[case]):
+        assert found["worst"] < (1e-6 if case == "spectral" else 1e-5), f"rank {rank}: {found['worst']:.1e}"
 
 
 @pytest.mark.parametrize(("replicas", "shards", "tensor"), LAYOUTS)
@@ -103,7 +95,7 @@ def test_nothing_crosses_replicas_between_syncs_and_at_one_what_was_predicted(
     replicas: int, shards: int, tensor: int
 ) -> None:
     for case in CASES:
-        for found in all_cases(replicas, shards, tensor)[case, "fp32"]:
+        for found in all_cases(replicas, shards, tensor)[case]:
             assert not found["between"] and not found["wrong"]
             status = found["status"]
             assert (status["replicas"], status["shard_size"], status["tensor_parallel_size"]) == (
@@ -116,7 +108,7 @@ def test_nothing_crosses_replicas_between_syncs_and_at_one_what_was_predicted(
 def test_moments_are_divided_by_the_shards() -> None:
     """But for the padding of uneven shards, and the bases of matrices cut along the other side."""
     whole, halved = (
-        [found["status"]["state_bytes"] for found in all_cases(2, shards, 1)["paper", "fp32"]] for shards in (1, 2)
+        [found["status"]["state_bytes"] for found in all_cases(2, shards, 1)["paper"]] for shards in (1, 2)
     )
     for kind in ("exp_avg", "exp_avg_sq", "anchor", "dense_exp_avg"):
         assert sum(state[kind] for state in halved[:2]) == whole[0][kind]
