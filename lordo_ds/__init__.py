@@ -7,6 +7,7 @@ everything works but what takes one of its engines.
 from importlib.util import find_spec
 from typing import Any
 
+from lordo_ds.adapters.fsdp2.clip import clip_grad_norm_
 from lordo_ds.adapters.fsdp2.mesh import replica_mesh, shard_model
 from lordo_ds.config import LordoConfig
 from lordo_ds.errors import CheckpointError, ConfigError, SyncError
@@ -28,6 +29,7 @@ __all__ = [
     "LoRDO",
     "LordoConfig",
     "SyncError",
+    "clip_grad_norm_",
     "data_sampler",
     "hook",
     "load_checkpoint",

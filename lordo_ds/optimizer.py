@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +62,8 @@ class LoRDO(torch.optim.Optimizer):
         self.managed = False  # set by the engine adapter: step() does nothing until `attach`, and never syncs by itself
         self.attempted_steps = self.executed_steps = 0
         self.sync: OuterSync | None = None
-        self.watchdog = Unwatched()
-        self.held, self.model_size = Held(), ModelSize()  # what this rank holds of the model; the whole of it
-        # What the engine adapter knows of the files that this state goes into.
-        self.engine_facts, self.resume_hint = EngineFacts(), OWN_FILE_HINT
+        self.watchdog, self.held, self.model_size = Unwatched(), Held(), ModelSize()
+        self.engine_facts, self.resume_hint = EngineFacts(), OWN_FILE_HINT  # of the files that this state goes into
         self.pipe_stage, self.pipe_stages = 0, 1
         self._steps: Steps | None = None
         self._executed_now = self.last_attempt_executed = self._first_attempt = self._starts_later = False
@@ -139,17 +137,12 @@ class LoRDO(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.sync is None:
-            if self.managed:
-                return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
-            self._starts_later = not any(float(group["lr"]) for group in self.param_groups)
-            self._attach_alone(resuming=self._starts_later)
-        assert self.sync is not None and self._steps is not None
-        if not self.managed:
-            if not self.attempted_steps and only_makes_state(self.param_groups, self.sync.wire, self.sync.inside):
-                return loss
-            self.begin_attempt()
+        if self.sync is None and self.managed:
+            return loss  # DeepSpeed's half-precision wrapper makes one empty call before attaching is possible
+        if not self.managed and not self._begin_alone(self.param_groups):
+            return loss
         if unscale_or_skip(self):
+            assert self._steps is not None
             self._steps.take(self.param_groups, self.attempted_steps + 1, self.executed_steps)
             self._executed_now = True
         if not self.managed:
@@ -163,10 +156,19 @@ class LoRDO(torch.optim.Optimizer):
         """
         if self.managed:
             raise ValueError("LoRDO: skip_step() is for an optimizer used alone: here the engine counts the attempts")
-        if self.sync is None:
-            self._attach_alone()
-        self.begin_attempt()
+        self._begin_alone([{**group, "params": []} for group in self.param_groups])
         self._end_alone()
+
+    def _begin_alone(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Begin an attempt that no engine counts; whether it is one, and not `only_makes_state`. The first attaches."""
+        if self.sync is None:
+            self._starts_later = not any(float(group["lr"]) for group in groups)
+            self._attach_alone(resuming=self._starts_later)
+        assert self.sync is not None
+        if not self.attempted_steps and only_makes_state(groups, self.sync.wire, self.sync.inside):
+            return False
+        self.begin_attempt()
+        return True
 
     def _end_alone(self) -> None:
         """The end of an attempt that no engine counts."""
@@ -274,7 +276,7 @@ class LoRDO(torch.optim.Optimizer):
 
     @property
     def last_report(self) -> SyncReport | None:
-        return None if self.sync is None else self.sync.last_report
+        return self.sync.last_report if self.sync else None
 
     # -- saving and loading --------------------------------------------------------------------------
 
@@ -293,7 +295,7 @@ class LoRDO(torch.optim.Optimizer):
         not LoRDO's, of another format, or that does not fit this run is a CheckpointError; nothing is changed then.
         """
         saved_state.load(self, self.ranks.unpack(state_dict))
-        self._starts_later = False
+        self._starts_later = not (self.managed or self.attempted_steps)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
         """The header of a state that fits, else a CheckpointError; the groups must hold the stepped tensors."""

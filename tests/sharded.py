@@ -69,9 +69,9 @@ def given(step: int, replica: int, shard: int, shards: int, tensor: Any, dtype: 
 
 
 def whole(parameter: Any) -> Tensor:
-    """Of a DTensor or a plain one, all of it. Collective over its mesh."""
+    """A copy of all of a DTensor, or of a plain one. Collective over its mesh."""
     full = getattr(parameter, "full_tensor", None)
-    return (parameter if full is None else full()).detach()
+    return (parameter if full is None else full()).detach().clone()
 
 
 def place_of(mesh: Any) -> tuple[int, int, int]:

@@ -102,3 +102,23 @@ def left_out() -> list[tuple[int, bool]]:
 def test_a_loop_may_leave_a_step_out_and_say_so() -> None:
     first, second = run_ranks(left_out, 2, timeout_s=60)
     assert first == [(1, False), (1, False), (2, True)] and second == [(0, False), (1, False), (2, True)]
+
+
+def first_of_a_warm_up_left_out() -> tuple[int, int, bool]:
+    """At a learning rate of 0 torch's made-up steps look much like the first one: the replicas tell each other."""
+    named = [
+        (name, torch.nn.Parameter(w + dist.get_rank())) for name, w in problems.initial_weights(torch.float32).items()
+    ]
+    optimizer = LoRDO(named, **{**SETTINGS, "lr": 0.0})
+    for step in range(1, 4):
+        if step == 1 and dist.get_rank() == 0:
+            optimizer.skip_step()
+        else:
+            for name, parameter in named:
+                parameter.grad = problems.gradients(step, dist.get_rank(), torch.float32)[name]
+            optimizer.step()
+    return optimizer.attempted_steps, optimizer.executed_steps, optimizer.synced
+
+
+def test_the_first_step_of_a_warm_up_may_be_left_out_too() -> None:
+    assert run_ranks(first_of_a_warm_up_left_out, 2, timeout_s=30) == [(3, 3, True), (3, 3, True)]

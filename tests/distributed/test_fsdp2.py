@@ -19,6 +19,7 @@ from lordo_ds.core.schedule import sync_plan
 from tests import problems, sharded
 from tests.cases import Found, once, run_cases
 from tests.collectives import CollectiveCounter
+from tests.ranks import run_ranks
 from tests.references import Trajectory, trajectory
 
 pytestmark = pytest.mark.distributed
@@ -34,10 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "error_feedback": {"error_feedback": "fp32", "qh_mode": "factored", "outer": {"lr": 0.7, "momentum": 0.7}},
 }
-# Where elements go is the same in every precision: fp64 shows it where fp32 is too coarse.
-PRECISIONS = {case: ("fp32", "fp64") if case == "spectral" else ("fp32",) for case in CASES}
 LAYOUTS = [(1, 2, 1), (2, 1, 1), (2, 2, 1), (1, 3, 1), (1, 2, 2), (2, 1, 2)]  # replicas, shards, tensor
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
 
 def facts(tensor: int) -> list[ParameterFacts]:
@@ -46,9 +44,9 @@ def facts(tensor: int) -> list[ParameterFacts]:
     return [replace(fact, partition_dim=dims.get(fact.name)) for fact in problems.facts()]
 
 
-def follow(expected: Trajectory, shards: int, tensor: int, case: str, precision: str) -> dict[str, Any]:
+def follow(expected: Trajectory, shards: int, tensor: int, case: str, dtype: torch.dtype) -> dict[str, Any]:
     """Largest distance to the reference after every step, and what crossed replicas."""
-    dtype, settings = DTYPES[precision], {**BASE, **CASES[case]}
+    settings = {**BASE, **CASES[case]}
     model, mesh = sharded.replicas_of(shards, tensor, dtype)
     replica, shard, index = sharded.place_of(mesh)
     optimizer = LoRDO(model, mesh=mesh, **settings)
@@ -74,27 +72,22 @@ def follow(expected: Trajectory, shards: int, tensor: int, case: str, precision:
     return {"worst": worst, "between": between, "wrong": wrong, "status": lordo_ds.status(optimizer)}
 
 
-Case = tuple[str, str]
-
-
 @once
-def all_cases(replicas: int, shards: int, tensor: int) -> Found[Case]:
+def all_cases(replicas: int, shards: int, tensor: int) -> Found[str]:
     cases = {}
     for case in CASES:
-        for precision in PRECISIONS[case]:
-            expected = trajectory({**BASE, **CASES[case]}, facts(tensor), replicas, DTYPES[precision], STEPS, shards)
-            cases[case, precision] = (expected, shards, tensor, case, precision)
+        # Small singular values come up with their rounding; where elements go is the same in fp64.
+        dtype = torch.float64 if case == "spectral" else torch.float32
+        expected = trajectory({**BASE, **CASES[case]}, facts(tensor), replicas, dtype, STEPS, shards)
+        cases[case] = (expected, shards, tensor, case, dtype)
     return run_cases(follow, replicas * shards * tensor, cases, timeout_s=180)
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("replicas", "shards", "tensor"), LAYOUTS)
 def test_every_layout_follows_the_reference(replicas: int, shards: int, tensor: int, case: str) -> None:
-    for precision in PRECISIONS[case]:
-        # Small singular values come up with their rounding: see tests/integration/test_zero_trajectories.py.
-        limit = 1e-6 if precision == "fp64" else 1e-4 if case == "spectral" else 1e-5
-        for rank, found in enumerate(all_cases(replicas, shards, tensor)[case, precision]):
-            assert found["worst"] < limit, f"rank {rank} in {precision}: {found['worst']:.1e}"
+    for rank, found in enumerate(all_cases(replicas, shards, tensor)[case]):
+        assert found["worst"] < (1e-6 if case == "spectral" else 1e-5), f"rank {rank}: {found['worst']:.1e}"
 
 
 @pytest.mark.parametrize(("replicas", "shards", "tensor"), LAYOUTS)
@@ -102,7 +95,7 @@ def test_nothing_crosses_replicas_between_syncs_and_at_one_what_was_predicted(
     replicas: int, shards: int, tensor: int
 ) -> None:
     for case in CASES:
-        for found in all_cases(replicas, shards, tensor)[case, "fp32"]:
+        for found in all_cases(replicas, shards, tensor)[case]:
             assert not found["between"] and not found["wrong"]
             status = found["status"]
             assert (status["replicas"], status["shard_size"], status["tensor_parallel_size"]) == (
@@ -115,8 +108,38 @@ def test_nothing_crosses_replicas_between_syncs_and_at_one_what_was_predicted(
 def test_moments_are_divided_by_the_shards() -> None:
     """But for the padding of uneven shards, and the bases of matrices cut along the other side."""
     whole, halved = (
-        [found["status"]["state_bytes"] for found in all_cases(2, shards, 1)["paper", "fp32"]] for shards in (1, 2)
+        [found["status"]["state_bytes"] for found in all_cases(2, shards, 1)["paper"]] for shards in (1, 2)
     )
     for kind in ("exp_avg", "exp_avg_sq", "anchor", "dense_exp_avg"):
         assert sum(state[kind] for state in halved[:2]) == whole[0][kind]
         assert max(state[kind] for state in halved) < 0.6 * whole[0][kind]
+
+
+# -- clipping ------------------------------------------------------------------------------------------
+
+
+def clipped(shards: int, tensor: int, max_norm: float) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """The norm before and after, and the gradients after it."""
+    model, mesh = sharded.replicas_of(shards, tensor, torch.float64)
+    replica, shard, index = sharded.place_of(mesh)
+    model(sharded.given(1, replica, shard, shards, (index, tensor), torch.float64)).backward()
+    before = lordo_ds.clip_grad_norm_(model.parameters(), max_norm)
+    after = lordo_ds.clip_grad_norm_(model.parameters(), 1e9)
+    return float(before), float(after), {name: sharded.whole(p.grad) for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(("shards", "tensor"), [(2, 1), (1, 2), (2, 2)])
+def test_gradients_are_clipped_by_the_norm_of_the_whole_replica(shards: int, tensor: int) -> None:
+    replicas = 4 // (shards * tensor)
+    found = run_ranks(clipped, 4, shards, tensor, 2.0, timeout_s=60)
+    for rank, (before, after, gradients) in enumerate(found):
+        first = rank // (shards * tensor) * shards
+        each = [problems.gradients(1, at, torch.float64) for at in range(first, first + shards)]
+        mean = {name: torch.stack([one[name] for one in each]).mean(0) for name in problems.SHAPES}
+        norm = float(torch.cat([gradient.flatten() for gradient in mean.values()]).norm())
+        assert before == pytest.approx(norm) and after == pytest.approx(2.0) and norm > 4.0
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(
+                gradient, mean[name.removesuffix(".weight")] * (2.0 / norm), rtol=1e-5, atol=1e-9
+            )
+    assert len({round(before, 9) for before, *_ in found}) == replicas, "each replica by its own norm"

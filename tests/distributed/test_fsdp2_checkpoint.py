@@ -114,6 +114,10 @@ def resumed(folder: str, shards: int, tensor: int, **settings: Any) -> dict[str,
     again.train(SAVED_AT + 1, STEPS)
     found["trained"] = differences(again.tensors(), straight.tensors())
 
+    # A file of its own for each rank serves as well.
+    file = Path(folder, f"rank_{dist.get_rank()}.pt")
+    torch.save(in_memory, file)
+    in_memory = torch.load(file, weights_only=True)
     at_once = Run(shards, tensor, shift=1.0, **settings)  # the weights first, and nothing asked of the optimizer before
     set_model_state_dict(at_once.model, in_memory[0])
     set_optimizer_state_dict(at_once.model, at_once.optimizer, in_memory[1])
@@ -232,6 +236,23 @@ def test_asking_for_the_state_before_the_first_step_changes_nothing() -> None:
     found = run_cases(asked_first, 4, {ask: (ask,) for ask in (False, True)}, timeout_s=60)
     for plain, asked in zip(found[False], found[True], strict=True):
         assert not differences(plain, asked)
+
+
+def saved_before_it(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Trained from the start, and from what was saved there, when the replicas still differed."""
+    run = Run(2, 1, shift=float(dist.get_rank() // 2))
+    get_optimizer_state_dict(run.model, run.optimizer)
+    run.save(folder)
+    run.train(1, STEPS)
+    again = Run(2, 1, shift=7.0)
+    again.load(folder)
+    again.train(1, STEPS)
+    return run.tensors(), again.tensors()
+
+
+def test_a_state_saved_before_the_first_step_starts_the_run(tmp_path: Path) -> None:
+    for run, again in run_ranks(saved_before_it, 4, str(tmp_path), timeout_s=60):
+        assert not differences(run, again)
 
 
 def skipped_after_it_was_asked() -> bool:

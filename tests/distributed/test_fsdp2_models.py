@@ -24,7 +24,7 @@ from tests.sharded import whole
 
 pytestmark = pytest.mark.distributed
 
-STEPS, VOCABULARY, WIDTH = 7, 13, 6  # neither is a multiple of the shards
+STEPS, WIDTH = 7, 6
 SETTINGS: dict[str, Any] = {"lr": 2e-2, "eps": 1e-2, "weight_decay": 0.1, "rank": 2, "sync_interval": 3}
 OVERFLOWS = (2, 5)  # steps at which a gradient of replica 0 is not finite, on its first shard only
 
@@ -32,15 +32,15 @@ OVERFLOWS = (2, 5)  # steps at which a gradient of replica 0 is not finite, on i
 class Gpt(nn.Module):
     """Embeddings, a tied head, a norm; `seen` counts calls."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, vocabulary: int, hidden: int) -> None:
         super().__init__()
-        self.wte = nn.Embedding(VOCABULARY, WIDTH, dtype=dtype)
+        self.wte = nn.Embedding(vocabulary, WIDTH, dtype=dtype)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(WIDTH, dtype=dtype), nn.Linear(WIDTH, 9, dtype=dtype), nn.Tanh(),
-                          nn.Linear(9, WIDTH, dtype=dtype))
+            nn.Sequential(nn.LayerNorm(WIDTH, dtype=dtype), nn.Linear(WIDTH, hidden, dtype=dtype), nn.Tanh(),
+                          nn.Linear(hidden, WIDTH, dtype=dtype))
             for _ in range(2)
         )  # fmt: skip
-        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False, dtype=dtype)
+        self.lm_head = nn.Linear(WIDTH, vocabulary, bias=False, dtype=dtype)
         self.lm_head.weight = self.wte.weight
         self.register_buffer("offset", torch.randn(WIDTH, dtype=dtype))
 
@@ -66,6 +66,15 @@ class Case:
     mesh: str = "mesh"
     warm_up: bool = False
     stays_gathered: bool = False
+    tensor: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Of the vocabulary and the hidden layers: no multiples of the shards, but multiples of the slices."""
+        return (13, 9) if self.tensor == 1 else (14, 8)
+
+    def data_rank(self) -> int:
+        return dist.get_rank() // self.tensor
 
 
 CASES = {
@@ -79,13 +88,15 @@ CASES = {
     "the replica group": Case(mesh="group"),
     "warm-up from zero": Case(warm_up=True),
     "not resharded by itself": Case(stays_gathered=True),
+    "tensor- and sequence-parallel": Case(tensor=2),
+    "tensor- and sequence-parallel, clipped": Case(tensor=2, clip=0.2),
     "bf16": Case(dtype=torch.float32, compute=torch.bfloat16),
 }
 
 
 def gpt(case: Case) -> Gpt:
     torch.manual_seed(0)
-    model = Gpt(case.dtype)
+    model = Gpt(case.dtype, *case.sizes)
     if case.frozen:
         model.blocks[1].requires_grad_(False)
         model.wte.weight.requires_grad_(False)
@@ -105,9 +116,31 @@ def optimizer_of(case: Case, model: nn.Module, **where: Any) -> LoRDO:
     return LoRDO(groups, model=model, **SETTINGS, **where)
 
 
-def batch(step: int, micro_batch: int, rank: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * step + 10 * rank + micro_batch)
-    return torch.randint(0, VOCABULARY, (3, 5), generator=generator)
+def batch(case: Case, step: int, micro_batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 * step + 10 * case.data_rank() + micro_batch)
+    return torch.randint(0, case.sizes[0], (3, 4 + case.tensor), generator=generator)
+
+
+def slice_layers(model: Gpt, mesh: Any) -> None:
+    """As torch's guide to tensor parallelism does it, with norms on parts of the sequence."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    plan: dict[str, Any] = {
+        "wte": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    for i in range(len(model.blocks)):
+        plan[f"blocks.{i}.0"] = SequenceParallel()
+        plan[f"blocks.{i}.1"] = ColwiseParallel(input_layouts=Shard(1))
+        plan[f"blocks.{i}.3"] = RowwiseParallel(output_layouts=Shard(1))
+    parallelize_module(model, mesh, plan)
+    model.lm_head.weight = model.wte.weight
 
 
 def take_step(
@@ -120,7 +153,8 @@ def take_step(
         for group in optimizer.param_groups:
             group["lr"] = min(step - 1, 2) * 1e-2
     if case.clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+        clip = torch.nn.utils.clip_grad_norm_ if case.tensor == 1 else lordo_ds.clip_grad_norm_
+        clip(model.parameters(), case.clip)
     scaler.step(optimizer)
     scaler.update()
 
@@ -129,10 +163,12 @@ def sharded_run(case: Case) -> Iterator[dict[str, Tensor]]:
     """The whole weights after every step, and after a final sync."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    mesh = lordo_ds.replica_mesh("cpu", shards=2)
-    replica, shard = mesh.get_coordinate()
+    mesh = lordo_ds.replica_mesh("cpu", 2 // case.tensor, case.tensor)
+    replica, shard = mesh.get_coordinate()[:2]
     model = gpt(case)
     model.offset += replica  # the first step makes it replica 0's
+    if case.tensor > 1:
+        slice_layers(model, mesh["tensor"])
     policy = MixedPrecisionPolicy(param_dtype=case.compute, reduce_dtype=torch.float32 if case.compute else None)
     lordo_ds.shard_model(model, mesh, model.blocks, mp_policy=policy)
     model.set_reshard_after_backward(not case.stays_gathered)
@@ -147,7 +183,7 @@ def sharded_run(case: Case) -> Iterator[dict[str, Tensor]]:
         optimizer.zero_grad()
         for micro_batch in range(case.micro_batches):
             model.set_requires_gradient_sync(micro_batch == case.micro_batches - 1)
-            scaler.scale(model(batch(step, micro_batch, dist.get_rank())) / case.micro_batches).backward()
+            scaler.scale(model(batch(case, step, micro_batch)) / case.micro_batches).backward()
         take_step(case, step, model, optimizer, scaler, spoil)
         for module in (model, *model.blocks) if case.stays_gathered else ():
             module.reshard()
@@ -174,7 +210,7 @@ def whole_run(case: Case) -> Iterator[dict[str, Tensor]]:
         optimizer.zero_grad()
         for micro_batch in range(case.micro_batches):
             computes = copy.deepcopy(model).to(case.compute) if case.compute else model
-            scaler.scale(computes(batch(step, micro_batch, dist.get_rank())) / case.micro_batches).backward()
+            scaler.scale(computes(batch(case, step, micro_batch)) / case.micro_batches).backward()
             for parameter, computed in zip(model.parameters(), computes.parameters(), strict=True):
                 if computed is not parameter and computed.grad is not None:
                     parameter.grad = computed.grad.to(parameter.dtype)
@@ -224,7 +260,7 @@ def one_shard_not_finite() -> dict[str, Any]:
     optimizer = LoRDO(model, mesh=mesh, **SETTINGS)
     for step in range(1, 5):
         optimizer.zero_grad()
-        model(batch(step, 0, dist.get_rank())).backward()
+        model(batch(Case(), step, 0)).backward()
         if step == 3 and (replica, shard) == (1, 1):
             model.blocks[0][1].weight.grad.to_local()[-1, -1] = float("nan")
         optimizer.step()
