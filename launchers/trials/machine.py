@@ -1,9 +1,12 @@
-"""Where a result came from: this checkout's commit and this machine's processor."""
+"""Where a result came from: this checkout's commit, this machine's processor, and how busy it was."""
 
 from __future__ import annotations
 
+import math
+import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,3 +26,18 @@ def processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def busy_cores(window_s: float) -> float:
+    """How many cores all programs together kept busy in the next `window_s` seconds; NaN where the kernel tells not."""
+
+    def busy_ticks() -> int:
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        return user + nice + system + irq + softirq + steal
+
+    try:
+        before = busy_ticks()
+    except OSError:
+        return math.nan
+    time.sleep(window_s)
+    return (busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / window_s
