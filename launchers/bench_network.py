@@ -106,7 +106,7 @@ def measure_one(
     began = time.monotonic()
     with Hosts(hosts_count) as hosts:
         outcome = run_job(hosts, setting, plan, args.model, folder, args.seed, args.job_timeout)
-    points = points_of(setting.name, plan, outcome.rows, outcome.error, repetition, outcome.others_cores)
+    points = points_of(setting.name, plan, outcome.rows, outcome.error, repetition, outcome.others_threads)
     said = ", ".join(
         f"{in_words(point.mbit_per_s)} {point.tokens_per_s:,.0f}" for point in points if point.tokens_per_s is not None
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import subprocess
 import time
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[2]
+_SAMPLE_S = 0.05
 
 
 def git(*arguments: str) -> str:
@@ -28,16 +29,18 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def busy_cores(window_s: float) -> float:
-    """How many cores all programs together kept busy in the next `window_s` seconds; NaN where the kernel tells not."""
+def running_threads(window_s: float) -> float:
+    """Threads of all programs but this one that ran or waited for a core, on average over the next `window_s` seconds.
 
-    def busy_ticks() -> int:
-        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-        return user + nice + system + irq + softirq + steal
-
-    try:
-        before = busy_ticks()
-    except OSError:
-        return math.nan
-    time.sleep(window_s)
-    return (busy_ticks() - before) / os.sysconf("SC_CLK_TCK") / window_s
+    NaN where the kernel does not tell.
+    """
+    found: list[int] = []
+    until = time.monotonic() + window_s
+    while time.monotonic() < until:
+        try:
+            lines = Path("/proc/stat").read_text().splitlines()
+        except OSError:
+            return math.nan
+        found.append(next(int(line.split()[1]) for line in lines if line.startswith("procs_running")) - 1)
+        time.sleep(_SAMPLE_S)
+    return fmean(found)

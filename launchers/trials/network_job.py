@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trials.hosts import INTERFACE, Hosts
-from trials.machine import ROOT, busy_cores
+from trials.machine import ROOT, running_threads
 from trials.network_points import Rows
 from trials.network_settings import Setting
 from trials.pacer import PACE, Plan
@@ -30,8 +30,8 @@ class Outcome:
     """By rank, one rank a host; as far as it came."""
     error: str = ""
     """Why it ended early: "refused: ..." where the settings are to blame."""
-    others_cores: float = float("nan")
-    """Cores that other programs kept busy while this job's ranks paused after the warm-up."""
+    others_threads: float = float("nan")
+    """Threads of other programs that ran or waited for a core while this job's ranks paused after the warm-up."""
 
 
 def run_job(
@@ -105,7 +105,7 @@ def _lead(
         time.sleep(_SETTLE_S)  # what the last step sent is acknowledged
         (folder / f"quiet{number}").touch()
         if number == 0:
-            outcome.others_cores = busy_cores(_FIRST_QUIET_S)
+            outcome.others_threads = running_threads(_FIRST_QUIET_S)
         else:
             time.sleep(_QUIET_S)
         hosts.set_rate(None if last else plan.segments[number].mbit_per_s)

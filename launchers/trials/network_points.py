@@ -44,8 +44,8 @@ class Point:
     ledger_share: float | None = None
     """ledger_bytes / tx_bytes."""
     idle_bytes_per_s: float | None = None
-    others_cores: float | None = None
-    """Cores that other programs kept busy while the job paused."""
+    others_threads: float | None = None
+    """Threads of other programs that ran or waited for a core while the job paused."""
 
     @property
     def ok(self) -> bool:
@@ -53,13 +53,13 @@ class Point:
 
 
 def points_of(
-    setting: str, plan: Plan, rows: list[Rows], error: str, repetition: int, others_cores: float
+    setting: str, plan: Plan, rows: list[Rows], error: str, repetition: int, others_threads: float
 ) -> list[Point]:
     """A point for each segment, those that a job did not come to with its error."""
     points = []
     for number, segment in enumerate(plan.segments):
         head: dict[str, Any] = {"setting": setting, "hosts": len(rows), "mbit_per_s": segment.mbit_per_s}
-        head |= {"repetition": repetition, "others_cores": None if math.isnan(others_cores) else others_cores}
+        head |= {"repetition": repetition, "others_threads": None if math.isnan(others_threads) else others_threads}
         found = [_measured(one, number, plan.starts[number], segment) for one in rows]
         measured = [one for one in found if one is not None]
         if len(measured) < len(rows) or not rows:

@@ -54,11 +54,11 @@ def _circumstances(points: list[Point], facts: dict[str, str]) -> str:
     lines = [
         f"`{facts['command']}`, {facts['date']}; commit {facts['commit']}; {facts['machine']}; {facts['versions']}."
     ]
-    busy = [point.others_cores for point in points if point.others_cores is not None]
+    busy = [point.others_threads for point in points if point.others_threads is not None]
     if busy:
         lines.append(
-            f"Other programs kept {min(busy):.2f} to {max(busy):.2f} cores busy, {median(busy):.2f} in the median job "
-            "(each measured while it paused)."
+            f"Other programs had {min(busy):.1f} to {max(busy):.1f} threads that ran or waited for a core, "
+            f"{median(busy):.1f} in the median job (each measured while it paused)."
         )
     return "\n".join(lines)
 

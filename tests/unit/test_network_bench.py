@@ -124,7 +124,7 @@ def notes(plan: Plan, step_s: list[float], sent: list[int], start: float = 100.0
 def test_points_are_means_over_the_measured_steps_and_ranks_with_the_idle_traffic_taken_off() -> None:
     plan = Plan(2, (Segment(None, 4), Segment(5.0, 6, settle_steps=2)))
     rows = [notes(plan, [0.5, 2.0], [1000, 3000]), notes(plan, [0.5, 2.0], [2000, 5000], start=100.25)]
-    free, slow = points_of("x", plan, rows, "", repetition=3, others_cores=0.5)
+    free, slow = points_of("x", plan, rows, "", repetition=3, others_threads=0.5)
     assert (free.setting, free.hosts, free.mbit_per_s, free.repetition, free.status) == ("x", 2, None, 3, "ok")
     # The second rank ends a quarter of a second later than the first began.
     assert free.steps == 4 and free.step_s == pytest.approx((4 * 0.5 + 0.25) / 4)
@@ -142,7 +142,7 @@ def test_a_job_that_ended_early_keeps_what_it_measured_and_says_why_for_the_rest
     full = notes(plan, [0.5, 2.0], [1000, 3000])
     cut = full[: 2 + 1 + 4 + 1 + 3]  # one step of the second segment is missing
     free, slow = points_of("x", plan, [full, cut], "failed: killed", 1, math.nan)
-    assert free.ok and slow.status == "failed: killed" and slow.tokens_per_s is None and free.others_cores is None
+    assert free.ok and slow.status == "failed: killed" and slow.tokens_per_s is None and free.others_threads is None
     assert all(point.status == "refused: no" for point in points_of("x", plan, [[], []], "refused: no", 1, math.nan))
 
 
@@ -204,7 +204,7 @@ def points() -> list[Point]:
         "median_step_s": 0.1,
         "tx_bytes": 1000.0,
         "rx_bytes": 1000.0,
-        "others_cores": 0.25,
+        "others_threads": 0.25,
     }
     return [
         Point("LoRDO", 2, None, 1, "ok", tokens_per_s=8000.0, ledger_bytes=900.0, ledger_share=0.9, **numbers),
@@ -230,7 +230,7 @@ def test_the_page_has_medians_shares_of_full_speed_and_what_was_refused(tmp_path
     assert "| | 5 Mbit/s | no limit |" in text and "| LoRDO | 2,000 (25%) | 8,000 |" in text
     assert "| LoRDO | 0.500 |  |" in text and "| int3 | refused |  |" in text
     assert "- int3: refused: pseudo_gradient_dtype = int3" in text and "`python x`" in text
-    assert "| LoRDO | 1,000 | 1,000 | 900 | 0.900 |  |" in text and "0.25 to 0.25 cores" in text
+    assert "| LoRDO | 1,000 | 1,000 | 900 | 0.900 |  |" in text and "had 0.2 to 0.2 threads" in text
     assert (tmp_path / "net.png").stat().st_size > 1000
     assert by_speed({None, 100.0, 5.0}) == [5.0, 100.0, None]
 
