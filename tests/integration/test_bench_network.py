@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,26 @@ def can_have_hosts() -> None:
         pytest.skip(reason)
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+Bench = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    """Starts the bench with these options; ended after the test, if need be."""
+    started: list[Bench] = []
+
+    def begin(*options: str) -> Bench:
+        started.append(_start(tmp_path, *options))
+        return started[-1]
+
+    yield begin
+    for bench in started:
+        if bench.poll() is None:
+            bench.terminate()
+            bench.communicate(timeout=60)
+
+
+def _start(folder: Path, *options: str) -> Bench:
     (folder / "model.yaml").write_text(MODEL)
     (folder / "table.yaml").write_text(TABLE)
     own = ["--model", str(folder / "model.yaml"), "--table", str(folder / "table.yaml"), "--hosts", "2"]
@@ -55,13 +75,13 @@ def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def hosts_of(bench: subprocess.Popen[str]) -> list[str]:
+def hosts_of(bench: Bench) -> list[str]:
     names = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout.split()
     return [name for name in names if name.startswith(f"{PREFIX}-{bench.pid}-")]
 
 
-def test_a_point_over_a_slow_link_counts_what_the_ledger_counts(tmp_path: Path) -> None:
-    bench = start(tmp_path, "--rates", "8", "unlimited")
+def test_a_point_over_a_slow_link_counts_what_the_ledger_counts(tmp_path: Path, start: Callable[..., Bench]) -> None:
+    bench = start("--rates", "8", "unlimited")
     said, _ = bench.communicate()
     assert bench.returncode == 0, said
     slow, free, *refused = read_points(tmp_path / "net.csv")
@@ -79,8 +99,10 @@ def test_a_point_over_a_slow_link_counts_what_the_ledger_counts(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_bench_leaves_no_host_and_no_process(tmp_path: Path, how: signal.Signals) -> None:
-    bench = start(tmp_path, "--rates", "unlimited")
+def test_an_interrupted_bench_leaves_no_host_and_no_process(
+    tmp_path: Path, start: Callable[..., Bench], how: signal.Signals
+) -> None:
+    bench = start("--rates", "unlimited")
     logs = tmp_path / "work" / "LoRDO_2_1"
     until = time.monotonic() + 120
     while not (logs / "host1.log").exists():  # both hosts have their launcher
@@ -105,8 +127,8 @@ def _environment(pid: str) -> str:
         return ""
 
 
-def test_a_mistake_is_one_line(tmp_path: Path) -> None:
-    bench = start(tmp_path, "--rates", "fast")
+def test_a_mistake_is_one_line(start: Callable[..., Bench]) -> None:
+    bench = start("--rates", "fast")
     said, _ = bench.communicate()
     message = "--rates fast: must be a number of Mbit/s above 0 and below 1e6, or `unlimited`"
     assert (bench.returncode, said) == (2, f"bench_network.py: error: {message}\n")
