@@ -24,6 +24,7 @@ ROOMS = {
     "checkpoint": ("errors", "disk", "config", "core"),
     "comm": ("errors", "watch", "config", "core"),
     "costs": ("errors", "config", "core", "comm"),
+    "link_time": (),
     "replica": ("errors", "config", "core", "comm", "costs"),
     "sync": ("errors", "version", "config", "core", "comm", "costs", "replica"),
     "start_table": ("config", "core", "costs", "replica"),
