@@ -31,6 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "warm_up": {"sync_warmup_steps": 4, "outer": OUTER},
     "all_dense": {"low_rank": {"exclude": [".*"]}, "outer": OUTER},
     "moments_never_averaged": {"moment_sync_interval": "never"},
+    "bf16_wire": {"pseudo_gradient_dtype": "bf16", "outer": {"compute": "everyone"}},
+    "int4_wire": {"pseudo_gradient_dtype": "int4", "outer": {**OUTER, "compute": "everyone"}},
+    "owners": {"outer": {**OUTER, "compute": "owner"}},
+    "owners_int8_wire": {"preset": "recommended", "pseudo_gradient_dtype": "int8", "outer": {"compute": "owner"}},
+    "sparse_wire": {"preset": "recommended", "pseudo_gradient_dtype": {"top_k": 8, "block": 64}},
 }
 STEPS = 10
 
@@ -81,8 +86,20 @@ def bytes_on_real_ranks(case: str) -> dict[str, int]:
     return dict(optimizer.sync.wire.ledger.by_kind)
 
 
+COUNTED = (
+    "recommended",
+    "gradient_outer",
+    "warm_up",
+    "bf16_wire",
+    "int4_wire",
+    "owners",
+    "owners_int8_wire",
+    "sparse_wire",
+)
+
+
 def bytes_of_some_cases() -> dict[str, dict[str, int]]:
-    return {case: bytes_on_real_ranks(case) for case in ("recommended", "gradient_outer", "warm_up")}
+    return {case: bytes_on_real_ranks(case) for case in COUNTED}
 
 
 @pytest.mark.distributed
