@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
 from tests import problems
 from tests.ranks import run_ranks
+from trials.contender import BASELINES, table
 
 BASE = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "rank": 3, "sync_interval": 3}
 OUTER = {"lr": 0.7, "momentum": 0.7}
@@ -182,6 +184,34 @@ def test_one_replica_is_charged_what_its_ranks_would_exchange_at_every_step() ->
     assert full["bytes"] == full["bytes_ddp"] == 8 * 4 * sum(p.numel() for p in _parameters())
     assert execute(nano(settings=low_rank))["bytes"] < full["bytes"]
     assert execute(nano(settings={**low_rank, "qh_mode": "full_rank"}))["bytes"] == full["bytes"]
+
+
+def test_what_is_placed_with_the_anchor_is_counted_apart() -> None:
+    elements = sum(p.numel() for p in _parameters())
+    outer = {"rank": 4, "sync_interval": 4, "outer": {**OUTER, "compute": "everyone"}}
+    plain, lossy = execute(nano(settings=outer)), execute(nano(settings={**outer, "pseudo_gradient_dtype": "int8"}))
+    assert plain["host_state_bytes"] == 2 * 4 * elements  # the anchor, the momentum
+    # Of two replicas the owner of the longer half: what it has not told yet.
+    owned = lossy["host_state_bytes"] // 4 - 3 * elements
+    assert elements / 2 <= owned < elements / 2 + 256
+    assert lossy["state_bytes"] - lossy["host_state_bytes"] == plain["state_bytes"] - plain["host_state_bytes"]
+    at_owners = execute(nano(settings={**outer, "outer": {**OUTER, "compute": "owner"}}))
+    assert elements * 4 < at_owners["host_state_bytes"] < plain["host_state_bytes"]
+
+
+def test_a_bench_shows_what_is_placed_with_the_anchor_apart() -> None:
+    sizes = {"exp_avg": 1, "anchor": 2, "owner_momentum": 3, "wire_error": 4, "owner_error": 5}
+    assert "| 1.0 + 14.0 |" in table_of({kind: size * 2**20 for kind, size in sizes.items()})
+    assert "| 1.0 + 3.0 |" in table_of({"exp_avg": 2**20, "outer_momentum": 3 * 2**20})
+
+
+def table_of(state_bytes: dict[str, int]) -> str:
+    """Of a bench with one contender that keeps so much."""
+    nothing: Counter[str] = Counter()
+    one: dict[str, Any] = {key: nothing for key in ("train_step_s", "train_step_wall_s", "optimizer_step_s")}
+    one |= {key: {name: nothing for name in BASELINES} for key in ("train_ratio", "optimizer_ratio")}
+    one |= {"state_bytes": {**state_bytes, "total": sum(state_bytes.values())}, "peak_memory_bytes": None}
+    return table({"processes": 1, "stage": 0, "contenders": {"one": one}})
 
 
 def _parameters() -> list[torch.Tensor]:
