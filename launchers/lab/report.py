@@ -28,10 +28,11 @@ SAME_PERCENT = 0.5  # perplexities so near each other count as the same
 _LEGEND = """\
 Perplexity is the exponential of the mean loss per token. ± is the standard deviation over seeds. "lr" is the rate
 of the grid with the lowest loss on the first seed; "<" and ">" mark one at the grid's lower or upper end (a better
-one may lie beyond), "!" one that was not searched. "MB sent" is what one rank sends in the whole run; the low-rank
-baselines that average at every step are charged the coordinates of their gradients only, and nothing for their bases.
-"State" is the optimizer's on the accelerator; the anchor and the outer momentum, which live in host memory beside a
-GPU, are counted apart. Differences are paired over seeds, ± their standard error."""
+one may lie beyond), "!" one that was not searched. "MB sent" is what the rank that sends most sends in the whole run;
+the low-rank baselines that average at every step are charged the coordinates of their gradients only, and nothing for
+their bases. "State" is the optimizer's on the accelerator, of the rank that keeps most; what lives in host memory
+beside a GPU (the anchor, the outer momentum, what a wire has not said yet) is counted apart. Differences are paired
+over seeds, ± their standard error."""
 
 
 def write_report(
