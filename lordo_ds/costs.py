@@ -20,7 +20,7 @@ from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.outer import ITERATIONS
 from lordo_ds.core.ownership import Segment, at_owners, numel_of, owned_segments
 from lordo_ds.core.schedule import SyncPlan
-from lordo_ds.core.state import BY_NAME, KEPT, MOMENTA, MOMENTS, WIRE_ERRORS, Axis, Kept
+from lordo_ds.core.state import BY_NAME, KEPT, MOMENTS, PLACED, WIRE_ERRORS, Axis, Kept
 
 _FIELD_BYTES = 8  # of a number in a header, and of a recorded row's
 _WIDTHS = {"bf16": 2, "fp32": 4}
@@ -117,7 +117,7 @@ class Holding:
         if width < 8:
             if kept.name == "error":
                 width = _WIDTHS[config.error_feedback or "fp32"]
-            elif kept.name in ("anchor", *MOMENTA, *WIRE_ERRORS):
+            elif kept.name in PLACED:
                 width = _WIDTHS[config.anchor.dtype] if kept.name == "anchor" else 4
         return self.elements(kept) * width
 

@@ -21,6 +21,7 @@ from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts
 from lordo_ds.optimizer import LoRDO
+from lordo_ds.sync.outer_sync import OuterSync
 
 _T = TypeVar("_T")
 _MEETING_TIMEOUT_S = 600.0
@@ -63,6 +64,17 @@ class VirtualWire(ReplicaWire):
 
     def _all_gather(self, row: Tensor) -> Tensor:
         return self.room.exchange(self.index, row, torch.stack).clone()
+
+    def _all_to_all(self, outgoing: Tensor, leaving: Sequence[int], arriving: Sequence[int]) -> Tensor:
+        pieces = outgoing.split(list(leaving))
+        incoming: Tensor = self.room.exchange(self.index, pieces, _delivered)[self.index]
+        assert len(incoming) == sum(arriving), "the replicas expect messages of other lengths than were sent"
+        return incoming
+
+
+def _delivered(sent: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """For each replica what all sent it, one message after the other; `sent[m]` are the messages of replica m."""
+    return [torch.cat(messages) for messages in zip(*sent, strict=True)]
 
 
 def _largest(tensors: Sequence[Tensor]) -> Tensor:
@@ -139,5 +151,12 @@ class Replicas:
 
     @property
     def first(self) -> LoRDO:
-        """Replica 0, whose ledger and state stand for everybody's."""
+        """Replica 0, whose reports stand for everybody's."""
         return self.optimizers[0]
+
+    @property
+    def syncs(self) -> list[OuterSync]:
+        """The outer sync of every replica, with its ledger and its state."""
+        found = [optimizer.sync for optimizer in self.optimizers if optimizer.sync is not None]
+        assert len(found) == len(self.optimizers)
+        return found

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from lab.plots import draw_claim
 from lab.questions import TASKS
 from lab.results import Row
-from lab.summary import Line, difference, lines_of, pooled_noise
+from lab.summary import Line, at_most, difference, lines_of, perplexity_differences, pooled_noise
 
 MARK = "<!-- report: what stands below is written by experiment.py -->"
 _HEAD = ["method", "lr", "seeds", "validation loss", "perplexity", "MB sent", "of DDP's", "state, KB (+ host)"]
@@ -24,13 +24,15 @@ _DIAGNOSTICS = {
     "attention_spectral_gap": "attention: s1/s2 of W",
     "attention_change_gap_at_rank": "attention: s_r/s_r+1 of W - W0",
 }
+SAME_PERCENT = 0.5  # perplexities so near each other count as the same
 _LEGEND = """\
 Perplexity is the exponential of the mean loss per token. ± is the standard deviation over seeds. "lr" is the rate
 of the grid with the lowest loss on the first seed; "<" and ">" mark one at the grid's lower or upper end (a better
-one may lie beyond), "!" one that was not searched. "MB sent" is what one rank sends in the whole run; the low-rank
-baselines that average at every step are charged the coordinates of their gradients only, and nothing for their bases.
-"State" is the optimizer's on the accelerator; the anchor and the outer momentum, which live in host memory beside a
-GPU, are counted apart. Differences are paired over seeds, ± their standard error."""
+one may lie beyond), "!" one that was not searched. "MB sent" is what the rank that sends most sends in the whole run;
+the low-rank baselines that average at every step are charged the coordinates of their gradients only, and nothing for
+their bases. "State" is the optimizer's on the accelerator, of the rank that keeps most; what lives in host memory
+beside a GPU (the anchor, the outer momentum, what a wire has not said yet) is counted apart. Differences are paired
+over seeds, ± their standard error."""
 
 
 def write_report(
@@ -82,6 +84,9 @@ def _section(name: str, claim: dict[str, Any], lines: list[Line], picture: str) 
     parts += [f"![{claim.get('title', name)}]({picture})", _table(lines, report.get("reference"))]
     if report.get("diagnostics"):
         parts.append(_diagnostics(lines))
+    reference = next((line for line in lines if line.method == report.get("reference")), None)
+    if report.get("by_seed") and reference:
+        parts.append(by_seed(lines, reference))
     noise = pooled_noise(lines)
     if not math.isnan(noise):
         parts.append(f"Noise: the standard deviation over seeds, pooled over the lines, is {noise:.4f}.")
@@ -121,6 +126,30 @@ def _costs(line: Line, ddp: float) -> list[str]:
     saved = f"1/{ddp / sent:.1f}" if sent else "0"
     held = f"{(state - host) / 1e3:,.0f}" + (f" + {host / 1e3:,.0f}" if host else "")
     return [f"{sent / 1e6:,.1f}", saved, held]
+
+
+def by_seed(lines: list[Line], reference: Line) -> str:
+    """What a step sends, the loss of every seed, and how the perplexity compares; what sends most comes first."""
+    seeds = sorted({seed for line in lines for seed in line.rows})
+    head = ["method", "lr", "bytes a step", "of AdamW-DDP's", *(f"loss, seed {seed}" for seed in seeds)]
+    head += [f"perplexity against {reference.name}", f"at most {SAME_PERCENT}% above"]
+    body = []
+    for line in sorted(lines, key=lambda line: -line.value("bytes")):
+        sent, ddp = line.value("bytes"), line.value("bytes_ddp")
+        cells = [line.name, f"{line.lr:g}{line.edge}", f"{sent / line.value('steps'):,.0f}", f"1/{ddp / sent:.1f}"]
+        cells += [f"{line.losses[seed]:.4f}" if seed in line.losses else "" for seed in seeds]
+        compared = ["", ""]
+        if not math.isfinite(line.mean):
+            compared = ["diverged", "no"]
+        elif line is not reference and math.isfinite(reference.mean):
+            above = perplexity_differences(line, reference)
+            spread = f" ± {stdev(above):.2f}" if len(above) > 1 else ""
+            compared = [f"{fmean(above):+.2f}%{spread}" if above else "", at_most(SAME_PERCENT, above)]
+        body.append([*cells, *compared])
+    return (
+        'Perplexities are compared seed by seed: the mean, ± the standard deviation over seeds. "Undecided": the limit '
+        "is within a standard error of the mean, or there is one seed.\n\n" + markdown(head, body)
+    )
 
 
 def _tasks(lines: list[Line], answered: list[dict[str, Any]]) -> str:

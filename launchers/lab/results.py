@@ -102,7 +102,7 @@ def provenance(device: str) -> Row:
 def code_digest(root: Path = ROOT) -> str:
     """Of the sources that a run's numbers come from."""
     files: Iterable[Path] = [
-        *sorted((root / "lordo_ds" / "core").glob("*.py")),
+        *sorted((root / "lordo_ds" / "core").rglob("*.py")),
         *(file for room in ("comm", "replica", "sync") for file in sorted((root / "lordo_ds" / room).glob("*.py"))),
         root / "lordo_ds" / "optimizer.py",
         root / "lordo_ds" / "config.py",

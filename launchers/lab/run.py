@@ -24,12 +24,12 @@ from lordo_ds.config import OuterOptimizer
 from lordo_ds.core.grouping import ParameterFacts, plan_parameters
 from lordo_ds.core.outer import orthogonalized, outer_update, pseudo_gradient
 from lordo_ds.core.schedule import sync_plan
+from lordo_ds.core.state import PLACED
 from lordo_ds.errors import SyncError
 from lordo_ds.replica.fragment import Fragment
 from lordo_ds.start_table import state_bytes
 
 POINTS = 8  # validations on the way
-_HOST_KINDS = ("anchor", "outer_momentum")  # on a GPU these live in host memory
 
 
 @dataclass
@@ -163,9 +163,7 @@ class Run:
 
     @property
     def _items(self) -> list[Fragment]:
-        sync = self.replicas.first.sync
-        assert sync is not None
-        return sync.items
+        return self.replicas.syncs[0].items
 
     def tasks(self, items: int) -> dict[str, float]:
         """Accuracies in held-out tasks; see `lab.questions`."""
@@ -176,17 +174,16 @@ class Run:
         return evaluate_tasks(self.text, self.size.seq_length, self.size.vocab, logits, items)
 
     def bytes_sent(self) -> tuple[int, int]:
-        """Bytes one rank sent in the run, and what all-reducing whole gradients at every step would have sent.
+        """Bytes that the rank that sends most sent in the run, and those of all-reducing whole gradients at every step.
 
         One replica of several ranks is charged what a dedicated implementation would send at least: coordinates of
         projected gradients, whole ones of the others, and its bases for nothing.
         """
-        sync, spec = self.replicas.first.sync, self.spec
-        assert sync is not None
+        spec = self.spec
         everything = sum(4 * item.numel for item in self._items)
         ddp = reduction_bytes(everything, spec.replicas) * spec.steps
         if not spec.one_replica:
-            return sync.wire.ledger.total_bytes, ddp
+            return max(sync.wire.ledger.total_bytes for sync in self.replicas.syncs), ddp
         stays_inside = spec.config.qh_mode in ("none", "low_rank")
         payload = sum(
             4 * (i.plan.rank * i.plan.other_side if i.plan.low_rank and stays_inside else i.numel) for i in self._items
@@ -200,10 +197,9 @@ class Run:
         self._note_loss(len(self.diary.train), loss)
         unigram, bigram = context_free_losses(self.text, self.windows.cpu(), self.size.vocab)
         sent, ddp = self.bytes_sent()
-        sync = self.replicas.first.sync
-        assert sync is not None
-        state = state_bytes(sync.items)
-        host = sum(state.get(kind, 0) for kind in _HOST_KINDS) + self.slow.state_bytes
+        # Of the replica that keeps most: owners keep what they own.
+        state = max((state_bytes(sync.items) for sync in self.replicas.syncs), key=lambda kinds: sum(kinds.values()))
+        host = sum(state.get(kind, 0) for kind in PLACED) + self.slow.state_bytes
         late = self.diary.syncs[len(self.diary.syncs) // 2 :]
         tail = self.diary.train[-max(1, spec.steps // 20) :]
         return {

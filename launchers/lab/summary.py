@@ -113,6 +113,20 @@ def pooled_noise(lines: Iterable[Line]) -> float:
     return math.sqrt(sum(square * count for square, count in squares) / weight) if weight else math.nan
 
 
+def perplexity_differences(line: Line, reference: Line) -> list[float]:
+    """How much higher the perplexity is than the reference's, in percent, for each common seed; both are finite."""
+    seeds = sorted(set(line.losses) & set(reference.losses))
+    return [100 * math.expm1(line.losses[seed] - reference.losses[seed]) for seed in seeds]
+
+
+def at_most(limit: float, values: list[float]) -> str:
+    """Whether a mean is at most `limit`: "yes" or "no" where its standard error leaves no doubt, else "undecided"."""
+    if len(values) < 2:
+        return "undecided"
+    mean, error = fmean(values), stdev(values) / math.sqrt(len(values))
+    return "yes" if mean + error <= limit else "no" if mean - error > limit else "undecided"
+
+
 def difference(line: Line, reference: Line) -> tuple[float, float]:
     """Mean and standard error of the loss differences over common seeds: they share tokens and initial weights."""
     seeds = sorted(set(line.losses) & set(reference.losses))

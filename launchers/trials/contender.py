@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from lordo_ds.core.state import PLACED
 from trials.bench import spread
 
 BASELINES = ("torch AdamW (fused)", "DeepSpeed AdamW")
@@ -98,7 +99,7 @@ def table(part: dict[str, Any]) -> str:
         cells += [f"{1e3 * wall['median']:.0f}", f"{1e3 * optimizer['median']:.1f}"]
         cells += [f"{one['optimizer_ratio'][base]['median']:.2f}" for base in BASELINES]
         sizes = one["state_bytes"]
-        anchored = sizes.get("anchor", 0) + sizes.get("outer_momentum", 0)
+        anchored = sum(sizes.get(kind, 0) for kind in PLACED)
         cells += [f"{(sizes['total'] - anchored) / 2**20:.1f}" + (f" + {anchored / 2**20:.1f}" if anchored else "")]
         cells += ["" if one["peak_memory_bytes"] is None else f"{one['peak_memory_bytes'] / 2**20:.0f}"]
         lines.append(f"| {' | '.join([name, *cells])} |")

@@ -54,6 +54,8 @@ OWNED = tuple(kept.name for kept in KEPT if "o" in kept.axes)
 MOMENTA = ("outer_momentum", "owner_momentum")
 # What a lossy wire has not said yet: a run may start without it, or lay it down.
 WIRE_ERRORS = ("wire_error", "owner_error")
+# Placed where the setting `anchor` says: on the host of an accelerator, by default.
+PLACED = ("anchor", *MOMENTA, *WIRE_ERRORS)
 BY_NAME = {kept.name: kept for kept in KEPT}
 # Running averages.
 MOMENTS = tuple(kept for kept in KEPT if kept.beta is not None)

@@ -184,7 +184,12 @@ def test_chosen_runs_answer_held_out_tasks_at_their_end(finished: Path, tmp_path
 
 
 # A committed page -> its grid, and the tier of it.
-PAGES = {"claims": ("claims", "small"), "claims_full": ("claims", "full"), "research": ("research", "small")}
+PAGES = {
+    "claims": ("claims", "small"),
+    "claims_full": ("claims", "full"),
+    "research": ("research", "small"),
+    "wire": ("wire", "full"),
+}
 DOCS = ROOT / "docs" / "results"
 
 

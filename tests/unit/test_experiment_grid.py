@@ -14,9 +14,10 @@ import torch
 from lab.grid import Grid, _laid_over, expand, load_grid, middle_out, rates_to_try
 from lab.measures import effective_rank, gap, spectra, stable_rank
 from lab.plots import ceiling
+from lab.report import by_seed
 from lab.results import COLUMNS, append_row, read_rows
 from lab.spec import RunSpec, SpecError
-from lab.summary import difference, lines_of, pooled_noise
+from lab.summary import at_most, difference, lines_of, pooled_noise
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT: dict[str, Any] = {
@@ -173,6 +174,37 @@ def test_a_line_takes_the_best_rate_of_the_first_seed_and_marks_the_grids_ends(t
     assert line.mean == pytest.approx(2.1) and line.noise == pytest.approx(0.1)
     assert pooled_noise([line]) == pytest.approx(0.1)
     assert difference(line, line) == (0.0, 0.0)
+
+
+def compared(losses: dict[str, list[float]]) -> dict[str, list[str]]:
+    """The cells of the table by seed, by method; a rate of 2e-3, and 100 bytes a step for `paper`, 10 for `adamw`."""
+    rows = []
+    for cell in expand(DOCUMENT, only=["quality"]).cells:
+        for seed, loss in enumerate(losses[(spec := cell.specs[2e-3, 0]).method]):
+            sent = 8 * (100 if spec.method == "paper" else 10)
+            rows.append({**row(cell.specs[2e-3, seed], loss), "steps": 8, "bytes": sent, "bytes_ddp": 4000})
+    lines = lines_of(rows, "quality")
+    table = by_seed(lines, next(line for line in lines if line.method == "paper")).splitlines()
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in found[2:]}
+
+
+def test_the_table_by_seed_has_bytes_a_step_and_pairs_the_perplexities() -> None:
+    found = compared({"paper": [2.0, 2.2, 2.1], "adamw": [2.0 + math.log(1.01), 2.2 + math.log(1.02), 2.1]})
+    assert list(found) == ["paper", "adamw"], "what sends most comes first"
+    assert found["paper"] == ["0.002!", "100", "1/5.0", "2.0000", "2.2000", "2.1000", "", ""]
+    assert found["adamw"][1:3] == ["10", "1/50.0"]
+    assert found["adamw"][-2:] == ["+1.00% ± 1.00", "undecided"]
+    one_seed = compared({"paper": [2.0, 2.2, 2.1], "adamw": [2.0 + math.log(1.01)]})
+    assert one_seed["adamw"][3:] == ["2.0100", "", "", "+1.00%", "undecided"]
+    diverged = compared({"paper": [2.0, 2.2, 2.1], "adamw": [2.0, math.inf, 2.1]})
+    assert diverged["adamw"][-2:] == ["diverged", "no"]
+
+
+def test_a_mean_is_at_most_a_limit_only_where_its_error_leaves_no_doubt() -> None:
+    assert at_most(0.5, [0.1, 0.2, 0.3]) == "yes" and at_most(0.5, [-3.0, -2.0, -1.0]) == "yes"
+    assert at_most(0.5, [0.8, 0.9, 1.0]) == "no"
+    assert at_most(0.5, [0.2, 0.7, 0.5]) == at_most(0.5, [0.4, 0.9, 0.6]) == at_most(0.5, [0.1]) == "undecided"
 
 
 def test_variants_are_named_by_what_varies() -> None:

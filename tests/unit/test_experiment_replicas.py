@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lordo_ds.core.grouping import plan_parameters
 from lordo_ds.core.reference import Reference
 from tests import problems
 from tests.ranks import run_ranks
+from trials.contender import BASELINES, table
 
 BASE = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "rank": 3, "sync_interval": 3}
 OUTER = {"lr": 0.7, "momentum": 0.7}
@@ -31,6 +33,11 @@ CASES: dict[str, dict[str, Any]] = {
     "warm_up": {"sync_warmup_steps": 4, "outer": OUTER},
     "all_dense": {"low_rank": {"exclude": [".*"]}, "outer": OUTER},
     "moments_never_averaged": {"moment_sync_interval": "never"},
+    "bf16_wire": {"pseudo_gradient_dtype": "bf16", "outer": {"compute": "everyone"}},
+    "int4_wire": {"pseudo_gradient_dtype": "int4", "outer": {**OUTER, "compute": "everyone"}},
+    "owners": {"outer": {**OUTER, "compute": "owner"}},
+    "owners_int8_wire": {"preset": "recommended", "pseudo_gradient_dtype": "int8", "outer": {"compute": "owner"}},
+    "sparse_wire": {"preset": "recommended", "pseudo_gradient_dtype": {"top_k": 8, "block": 64}},
 }
 STEPS = 10
 
@@ -81,8 +88,20 @@ def bytes_on_real_ranks(case: str) -> dict[str, int]:
     return dict(optimizer.sync.wire.ledger.by_kind)
 
 
+COUNTED = (
+    "recommended",
+    "gradient_outer",
+    "warm_up",
+    "bf16_wire",
+    "int4_wire",
+    "owners",
+    "owners_int8_wire",
+    "sparse_wire",
+)
+
+
 def bytes_of_some_cases() -> dict[str, dict[str, int]]:
-    return {case: bytes_on_real_ranks(case) for case in ("recommended", "gradient_outer", "warm_up")}
+    return {case: bytes_on_real_ranks(case) for case in COUNTED}
 
 
 @pytest.mark.distributed
@@ -165,6 +184,34 @@ def test_one_replica_is_charged_what_its_ranks_would_exchange_at_every_step() ->
     assert full["bytes"] == full["bytes_ddp"] == 8 * 4 * sum(p.numel() for p in _parameters())
     assert execute(nano(settings=low_rank))["bytes"] < full["bytes"]
     assert execute(nano(settings={**low_rank, "qh_mode": "full_rank"}))["bytes"] == full["bytes"]
+
+
+def test_what_is_placed_with_the_anchor_is_counted_apart() -> None:
+    elements = sum(p.numel() for p in _parameters())
+    outer = {"rank": 4, "sync_interval": 4, "outer": {**OUTER, "compute": "everyone"}}
+    plain, lossy = execute(nano(settings=outer)), execute(nano(settings={**outer, "pseudo_gradient_dtype": "int8"}))
+    assert plain["host_state_bytes"] == 2 * 4 * elements  # the anchor, the momentum
+    # Of two replicas the owner of the longer half: what it has not told yet.
+    owned = lossy["host_state_bytes"] // 4 - 3 * elements
+    assert elements / 2 <= owned < elements / 2 + 256
+    assert lossy["state_bytes"] - lossy["host_state_bytes"] == plain["state_bytes"] - plain["host_state_bytes"]
+    at_owners = execute(nano(settings={**outer, "outer": {**OUTER, "compute": "owner"}}))
+    assert elements * 4 < at_owners["host_state_bytes"] < plain["host_state_bytes"]
+
+
+def test_a_bench_shows_what_is_placed_with_the_anchor_apart() -> None:
+    sizes = {"exp_avg": 1, "anchor": 2, "owner_momentum": 3, "wire_error": 4, "owner_error": 5}
+    assert "| 1.0 + 14.0 |" in table_of({kind: size * 2**20 for kind, size in sizes.items()})
+    assert "| 1.0 + 3.0 |" in table_of({"exp_avg": 2**20, "outer_momentum": 3 * 2**20})
+
+
+def table_of(state_bytes: dict[str, int]) -> str:
+    """Of a bench with one contender that keeps so much."""
+    nothing: Counter[str] = Counter()
+    one: dict[str, Any] = {key: nothing for key in ("train_step_s", "train_step_wall_s", "optimizer_step_s")}
+    one |= {key: {name: nothing for name in BASELINES} for key in ("train_ratio", "optimizer_ratio")}
+    one |= {"state_bytes": {**state_bytes, "total": sum(state_bytes.values())}, "peak_memory_bytes": None}
+    return table({"processes": 1, "stage": 0, "contenders": {"one": one}})
 
 
 def _parameters() -> list[torch.Tensor]:
