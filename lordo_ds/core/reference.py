@@ -17,6 +17,8 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import refresh_basis, sketch_seed
 from lordo_ds.core.codec import codec_of
 from lordo_ds.core.grouping import ParameterPlan
+from lordo_ds.core.model_fragments import model_fragments
+from lordo_ds.core.reference_streaming import Flights, adopted
 from lordo_ds.core.schedule import SyncPlan, first_basis_due, sync_plan
 
 
@@ -31,11 +33,15 @@ class Reference:
         self.executed = [0] * self.M
         self.sizes_before: list[dict[str, float]] = [{} for _ in weights]
         self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
-        self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()  # by replica, and by owner
+        where = model_fragments(config, [(p.name, p.numel * p.partitions) for p in plans])
+        self.fragments = [[p for p in plans if where[p.name] == f] for f in range(config.streaming.fragments)]
+        # By fragment; then by replica, and by owner.
+        self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()
+        self.flights = Flights(self)
         self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
-        self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
+        self.state: list[dict[str, dict[str, Any]]] = [{p.name: self.zeros(p) for p in plans} for _ in weights]
 
-    def _zeros(self, p: ParameterPlan) -> dict[str, Any]:
+    def zeros(self, p: ParameterPlan) -> dict[str, Any]:
         like = self.anchor[p.name]
         shape = (p.rank, p.other_side) if p.low_rank else p.shape
         state = {"t": 0, "Q": None, "u": like.new_zeros(shape), "v": like.new_zeros(shape)}
@@ -73,8 +79,11 @@ class Reference:
                     self._inner(p, self.weights[m][p.name], G[p.name], self.state[m][p.name], lr)
         for m in executed:
             self.executed[m] += 1
-        if plan.due:
-            self._sync(plan, gradients)
+        self.flights.land_if_due()
+        if plan.due and plan.fragment is None:
+            self.sync(plan, self.plans, gradients)
+        elif plan.due:
+            self.flights.begin(plan, gradients)
         self.doubtful |= {m for m in executed if losses and not math.isfinite(losses[m])}
         return plan
 
@@ -149,8 +158,12 @@ class Reference:
                 scale = torch.sqrt(torch.outer(rh, ch) / rh.mean()) + self.config.eps
                 W -= lr * self.config.weight_of_residual * P / scale
 
-    def _sync(self, plan: SyncPlan, gradients: list[dict[str, Tensor] | None]) -> None:
-        """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
+    def sync(self, plan: SyncPlan, plans: list[ParameterPlan], gradients: list[dict[str, Tensor] | None]) -> list[int]:
+        """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'.
+
+        Returns:
+            The replicas that took part.
+        """
         # One replica with plain averaging keeps no anchor to return to.
         alone = self.M == 1 and self.config.outer.is_plain_average
         finite = [m for m in range(self.M) if alone or (self._is_finite(m) and m not in self.doubtful)]
@@ -160,14 +173,13 @@ class Reference:
         self.executed = [max(self.executed)] * self.M
         if len(finite) < self.config.least_participants(self.M):
             finite = []
-        own = {m: {p.name: self.anchor[p.name] - self.weights[m][p.name] for p in self.plans} for m in finite}
-        means = self._means(own) if finite else {}
-        for p in self.plans:
+        own = {m: {p.name: self.anchor[p.name] - self.weights[m][p.name] for p in plans} for m in finite}
+        means = self._means(plan.fragment, own) if finite else {}
+        for p in plans:
             if not finite:  # too few to learn from: back to the anchor, with fresh moments in the old basis
                 for m in range(self.M):
                     self.weights[m][p.name].copy_(self.anchor[p.name])
-                    self.state[m][p.name] |= {k: v for k, v in self._zeros(p).items() if k != "Q"}
-                self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()
+                    self.state[m][p.name] |= {k: v for k, v in self.zeros(p).items() if k != "Q"}
                 continue
             D = means[p.name]
             self.anchor[p.name] = self.anchor[p.name] - self._outer(p, plan, D, self.state[finite[0]][p.name]["Q"])
@@ -188,46 +200,51 @@ class Reference:
                         D_m = p.orient(own[m][p.name]) if shared is None else shared
                         self._refresh(p, self.state[m][p.name], D_m)
             for m in set(range(self.M)) - set(finite):  # a left-out replica adopts the first finite one's state
-                donor = self.state[finite[0]][p.name]
-                self.state[m][p.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in donor.items()}
-                if p.low_rank:
-                    self.state[m][p.name]["E"].zero_()
-        for m in set(range(self.M)) - set(finite):
-            self.unsent[m].zero_()
-            self.untold[m].zero_()
+                self.state[m][p.name] = adopted(self.state[finite[0]][p.name])
+        if plan.fragment is None:
+            self.forget_unsent([m for m in range(self.M) if m not in finite])
+        return finite
 
-    def _means(self, own: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _means(self, fragment: int | None, own: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
+        chosen = range(len(self.fragments)) if fragment is None else [fragment]
+        return {name: mean for f in chosen for name, mean in self._means_of_fragment(f, own).items()}
+
+    def _means_of_fragment(self, f: int, own: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
         """The mean of every D over the replicas, as far as the wire says it.
 
         Every replica tells every owner what it owns of D and of what it has not said before; the owner tells the mean
         of that, and what it has not told before. The codec leaves what a message does not say.
         """
         codec = codec_of(self.config.pseudo_gradient_dtype)
-        flat = {m: torch.cat([D.flatten() for D in Ds.values()]) for m, Ds in own.items()}
+        plans, unsent, untold = self.fragments[f], self.unsent[f], self.untold[f]
+        flat = {m: torch.cat([Ds[p.name].flatten() for p in plans]) for m, Ds in own.items()}
         if not codec.lossy or self.M == 1:
             mean = torch.stack(list(flat.values())).mean(0)
         else:
-            mean = torch.zeros_like(self.unsent[0])
-            for owner, (start, stop) in enumerate(self._runs(codec.block)):
+            mean = torch.zeros_like(unsent[0])
+            # What each replica owns of all elements: equal numbers of blocks.
+            share = -(-len(mean) // (self.M * codec.block)) * codec.block
+            for owner in range(self.M):
+                start, stop = min(owner * share, len(mean)), min((owner + 1) * share, len(mean))
                 said = []
                 for m, D in flat.items():
-                    values = (D + self.unsent[m])[start:stop]
+                    values = (D + unsent[m])[start:stop]
                     said.append(codec.decode(codec.encode_(values), stop - start, like=values))
-                    self.unsent[m][start:stop] = values
-                values = sum(said) / len(said) + self.untold[owner][start:stop]
+                    unsent[m][start:stop] = values
+                values = sum(said) / len(said) + untold[owner][start:stop]
                 mean[start:stop] = codec.decode(codec.encode_(values), stop - start, like=values)
-                self.untold[owner][start:stop] = values
-        parts = mean.split([p.numel for p in self.plans])
-        return {p.name: part.view(p.shape) for p, part in zip(self.plans, parts, strict=True)}
+                untold[owner][start:stop] = values
+        parts = mean.split([p.numel for p in plans])
+        return {p.name: part.view(p.shape) for p, part in zip(plans, parts, strict=True)}
 
-    def _runs(self, block: int) -> list[tuple[int, int]]:
-        """What each replica owns of all elements: equal numbers of blocks."""
-        numel = sum(p.numel for p in self.plans)
-        share = -(-numel // (self.M * block)) * block
-        return [(min(m * share, numel), min((m + 1) * share, numel)) for m in range(self.M)]
+    def _nothing_unsent(self) -> list[list[Tensor]]:
+        flat = [torch.cat([self.anchor[p.name].flatten() for p in plans]) for plans in self.fragments]
+        return [[torch.zeros_like(anchor) for _ in range(self.M)] for anchor in flat]
 
-    def _nothing_unsent(self) -> list[Tensor]:
-        return [torch.cat([torch.zeros_like(a).flatten() for a in self.anchor.values()]) for _ in range(self.M)]
+    def forget_unsent(self, replicas: list[int]) -> None:
+        for kept in (*self.unsent, *self.untold):
+            for m in replicas:
+                kept[m].zero_()
 
     def _outer(self, p: ParameterPlan, plan: SyncPlan, D: Tensor, Q: Tensor | None) -> Tensor:
         outer, mu = self.config.outer, self.config.outer.momentum
