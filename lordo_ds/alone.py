@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained, warn_of_left_out
-from lordo_ds.comm.groups import of_all_ranks, replica_groups
+from lordo_ds.comm.groups import groups_for, of_all_ranks, replica_groups
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
@@ -30,6 +30,7 @@ from lordo_ds.errors import ConfigError
 from lordo_ds.replica.model_size import ModelSize
 from lordo_ds.start_table import RunShape, show_messages, start_table
 from lordo_ds.sync.alike import Start, require_alike, start_alone
+from lordo_ds.sync.background import BackgroundGroups
 from lordo_ds.sync.outer_sync import OuterSync
 
 logger = logging.getLogger("lordo_ds")
@@ -149,17 +150,25 @@ def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def replicas_of_torch(replica_size: int | str, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
+def replicas_of_torch(
+    config: LordoConfig, device: torch.device
+) -> tuple[ReplicaWire, InsideReplica, BackgroundGroups | None]:
     """Every `replica_size` ranks of torch.distributed are a replica. Collective over all ranks where there are several.
 
     Returns:
-        Across replicas; and the groups inside this one, whose ranks are alike. One replica alone asks nobody.
+        Across replicas; the groups inside this one, whose ranks are alike; with a delay, both once more for syncs
+        beside training. One replica alone asks nobody.
     """
+    overlaps = config.streaming.delay_steps > 0
     if _several_ranks():
-        groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), replica_size, "replica_size"))
+        groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), config.replica_size, "replica_size"))
         if groups.layout.replica_count > 1:
-            return connect(groups, device, sharded=False, only_data_parallel=True)
-    return ReplicaWire(), InsideReplica(device=device)
+            alike = {"sharded": False, "only_data_parallel": True}
+            wire, inside = connect(groups, device, **alike)
+            beside = connect(groups_for("streaming", groups), device, **alike) if overlaps else None
+            return wire, inside, BackgroundGroups(*beside) if beside else None
+    wire, inside = ReplicaWire(), InsideReplica(device=device)
+    return wire, inside, BackgroundGroups(ReplicaWire(), InsideReplica(device=device)) if overlaps else None
 
 
 def dist_rank() -> int:

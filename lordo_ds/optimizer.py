@@ -17,13 +17,15 @@ from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterPlan
 from lordo_ds.core.schedule import final_plan, steps_until_sync
-from lordo_ds.replica.allocate import Held, allocate
+from lordo_ds.replica.allocate import Held, allocate, fragment_of_each
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.replica.model_size import ModelSize, model_size
 from lordo_ds.replica.steps import Steps
+from lordo_ds.sync.background import BackgroundGroups
 from lordo_ds.sync.made_up_step import only_makes_state
 from lordo_ds.sync.outer_sync import OuterSync
 from lordo_ds.sync.report import SyncReport
+from lordo_ds.watch.liveness import FLIGHT
 from lordo_ds.watch.unwatched import Unwatched
 from lordo_ds.watch.watchdog import watch_ranks
 
@@ -83,6 +85,7 @@ class LoRDO(torch.optim.Optimizer):
         inside: InsideReplica | None = None,
         tied: Sequence[TiedWeight] = (),
         resuming: bool = False,
+        background: BackgroundGroups | None = None,
     ) -> None:
         """Plan every parameter and allocate its state. Collective: the replicas' weights are made equal.
 
@@ -93,6 +96,7 @@ class LoRDO(torch.optim.Optimizer):
             inside: the groups inside this replica; default: this rank is the replica.
             tied: weights of which other pipeline stages hold copies.
             resuming: a saved state comes next; every replica keeps the weights that it has loaded.
+            background: the same groups once more, for syncs beside training (`streaming` with a delay).
 
         Raises:
             ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
@@ -100,11 +104,19 @@ class LoRDO(torch.optim.Optimizer):
         inside = inside or InsideReplica()
         if self.watchdog.stopped:
             self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)
-        self.watchdog.follow(wire, inside)
+        self.watchdog.follow(wire, inside, () if background is None else [background.wire, background.inside.shard])
         with self.watchdog.starting():
             self.held = allocate(self.config, flats, self.param_groups, self.state, inside, tied)
             self.model_size = model_size(self.held.fragments, inside)
-            self.sync = OuterSync(self.config, self.held.fragments, wire, inside, tied)
+            self.sync = OuterSync(
+                self.config,
+                self.held.fragments,
+                wire,
+                inside,
+                tied,
+                fragment_of=fragment_of_each(self.config, self.held, inside) if self.config.streaming.is_on else None,
+                background=background,
+            )
             self._steps = Steps(self.config, self.held, self.sync.bases, inside)
             self.sync.start(resuming)
             self.sync.outside.record()
@@ -120,9 +132,9 @@ class LoRDO(torch.optim.Optimizer):
         with self.watchdog.starting():
             flats = alone.agreed_tensors(self, self.config, self.param_groups, self._model)
             device = flats[0].tensor.device if flats else torch.device("cpu")
-            wire, inside = alone.replicas_of_torch(self.config.replica_size, device)
+            wire, inside, background = alone.replicas_of_torch(self.config, device)
         alone.prepare(self._model, flats, wire, inside, resuming)
-        self.attach(flats, wire, inside, resuming=resuming)
+        self.attach(flats, wire, inside, resuming=resuming, background=background)
         assert self.sync is not None
         self._first_attempt = wire.replicas > 1 and not resuming
         alone.say_start(self.config, flats, self.sync, self.model_size)
@@ -189,7 +201,8 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter was resized or replaced.
         """
         assert self.sync is not None
-        self.sync.outside.check(self.attempted_steps + 1, equal=self.attempted_steps == self.sync.last_synced_step)
+        equal = self.attempted_steps == self.sync.last_synced_step
+        self.sync.outside.check(self.attempted_steps + 1, equal)
 
     @torch.no_grad()
     def end_attempt(self) -> bool:
@@ -217,21 +230,52 @@ class LoRDO(torch.optim.Optimizer):
     def cross_replicas(self) -> bool:
         """What `Members.around` runs at the end of an attempted step; whether weights changed. Collective."""
         assert self.sync is not None and self._steps is not None
-        plan = self._steps.schedule.plan(self.attempted_steps)
-        changed = plan.due
+        sync, step, changed = self.sync, self.attempted_steps, False
+        plan = self._steps.schedule.plan(step)
         if plan.due or self.executed_steps <= 1:
-            self.sync.check_copies(self.attempted_steps)
-        if self.sync.bases.wait_for_all_replicas(self.attempted_steps):
-            before = self.executed_steps - self._executed_now
-            self.sync.first_bases(self.attempted_steps, before, self._executed_now)
-            changed |= self._steps.take_deferred(self.attempted_steps)
-        if plan.due:
-            self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
+            sync.check_copies(step)
+        if sync.bases.wait_for_all_replicas(step):
+            sync.first_bases(step, self.executed_steps - self._executed_now, self._executed_now)
+            changed |= self._steps.take_deferred(step)
+        if sync.streaming.lands_at(step):
+            changed |= self._land()
+        if plan.due and plan.fragment is not None and sync.streaming.delay_steps:
+            sync.launch(plan, step, self.executed_steps, self._executed_now)
+        elif plan.due:
+            self.executed_steps = sync.run(plan, step, self.executed_steps, self._executed_now)
+            changed = True
         return changed
+
+    def _land(self) -> bool:
+        assert self.sync is not None
+        with self.watchdog.during(FLIGHT):
+            self.executed_steps += self.sync.land(self.attempted_steps)
+        return True
+
+    @torch.no_grad()
+    def drain(self) -> bool:
+        """End the sync in flight now (`streaming.delay_steps`): before weights and states are saved. Collective.
+
+        An engine's save, a load and a final sync do it themselves. A run that did not is another trajectory.
+
+        Returns:
+            Whether weights changed.
+
+        Raises:
+            ConfigError: other weights are in their place, as in an evaluation.
+        """
+        if self.sync is None or self.sync.streaming.flight is None:
+            return False
+        self.sync.refuse_changed(self.attempted_steps)
+        with self.watchdog.at_the_end_of(self.attempted_steps):
+            self._land()
+        self.watchdog.synced(self.attempted_steps)
+        self.sync.outside.record()
+        return True
 
     @torch.no_grad()
     def final_sync(self) -> bool:
-        """Sync now unless the last attempted step ended in one, and average the recorded rows. Collective.
+        """Sync everything now unless the last attempted step did, and average the recorded rows. Collective.
 
         Returns:
             Whether weights changed.
@@ -244,10 +288,12 @@ class LoRDO(torch.optim.Optimizer):
         assert self.sync is not None
         self.begin_attempt()
         with self.watchdog.at_the_end_of(self.attempted_steps):
-            if self.synced:
+            if self.replicas_equal:
                 self.sync.flush_rows()
                 self.sync.outside.record()
                 return False
+            if self.sync.streaming.flight is not None:
+                self._land()
             plan = final_plan(self.config, self.attempted_steps)
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)
         self.watchdog.synced(self.attempted_steps)
@@ -264,7 +310,12 @@ class LoRDO(torch.optim.Optimizer):
 
     @property
     def synced(self) -> bool:
-        """Whether the last attempted step ended in a sync."""
+        """Whether the last attempted step ended in a sync, of everything or of a fragment."""
+        return self.sync is not None and 0 < self.attempted_steps == self.sync.landed_step
+
+    @property
+    def replicas_equal(self) -> bool:
+        """Whether the last attempted step ended in a sync of everything, so that all replicas hold the same weights."""
         return self.sync is not None and 0 < self.attempted_steps == self.sync.last_synced_step
 
     @property

@@ -61,8 +61,16 @@ class Run(Protocol):
 
 
 def header_of(run: Run) -> Header:
-    """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors."""
+    """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors.
+
+    Raises:
+        CheckpointError: a sync is in flight, which is no part of a state.
+    """
     sync, held = run.sync, run.held
+    if sync is not None and sync.streaming.flight is not None:
+        raise CheckpointError(
+            "LoRDO: a sync is in flight: call the optimizer's drain() on all ranks before weights and states are saved"
+        )
     inside = sync.inside if sync else InsideReplica()
     numbers = {tensor: i for i, tensor in enumerate(_stepped(run))}
     facts = {fact.name: fact for fact in held.facts}
@@ -274,6 +282,7 @@ def restore_counters(
     sync.outside.forget()
     for name in SYNC_COUNTERS:
         setattr(sync, name, getattr(counters, name))
+    sync.landed_step = sync.last_synced_step
     sync.wire.ledger.load_state_dict(dict(bytes_sent))
     sync.rows.pending = [list(row) for row in rows]
     run.watchdog.resumed(run.attempted_steps, sync.last_synced_step)

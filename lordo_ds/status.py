@@ -85,6 +85,9 @@ def _status(optimizer: LoRDO, shape: RunShape, ddp_bytes_per_step: int) -> dict[
         "bytes_inside": bytes_inside(sync),
         "ddp_bytes_per_step": ddp_bytes_per_step,
         "last_sync": asdict(report) if report else None,
+        "fragments": len(sync.streaming.parts),
+        "fragment_in_flight": sync.streaming.fragment_in_flight,
+        "sync_blocked_seconds": sync.blocked_seconds,
     }
 
 
@@ -103,6 +106,8 @@ def sync_events(hook: RunHandle, samples: int) -> list[tuple[str, float, int]]:
         "bytes_sent_total": hook.bytes_sent,
         "bytes_saved_factor": hook.ddp_bytes_per_step * report.step / max(1, hook.bytes_sent),
         "sync_seconds": report.seconds,
+        "sync_blocked_seconds": report.blocked_seconds,
+        "fragment": report.fragment,
         "drift": report.drift,
         "basis_overlap": report.overlap,
         "captured_gradient_energy": report.captured_gradient_energy,

@@ -39,6 +39,11 @@ class ByteLedger:
     def total_bytes(self) -> int:
         return sum(self.by_kind.values())
 
+    def take_over(self, other: ByteLedger) -> None:
+        """Count here what another one has counted, which then has counted nothing."""
+        self.by_kind.update(other.by_kind)
+        other.by_kind.clear()
+
     def state_dict(self) -> dict[str, int]:
         return dict(self.by_kind)
 

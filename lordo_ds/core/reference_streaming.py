@@ -77,7 +77,10 @@ class Flights:
                     self._land_state(of.state[m][p.name], states[m][p.name], made_states[m][p.name])
                 else:
                     W.copy_(W1)
+                    Q = of.state[m][p.name]["Q"]  # the first one may have come in flight
                     of.state[m][p.name] = made_states[m][p.name]
+                    if of.state[m][p.name]["Q"] is None:
+                        of.state[m][p.name]["Q"] = Q
         self._replace_rest(flight)
 
     def _land_state(self, now: dict[str, Any], began: dict[str, Any], made: dict[str, Any]) -> None:

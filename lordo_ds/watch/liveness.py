@@ -17,16 +17,18 @@ LEFT = "left"  # `Report.ended` of a rank that closed its optimizer, or came to 
 DEAF = "deaf"  # of one whose watchdog failed: its run goes on, but it tells and hears nothing more
 
 # `Report.block`: among the collectives of all ranks, and of which.
-START, END, SAVE, LOAD = "start", "end", "save", "load"
+START, END, FLIGHT, SAVE, LOAD = "start", "end", "flight", "save", "load"
 _IN_BLOCK = {
     START: "at the start",
     END: "at the end of step {}",
+    FLIGHT: "for the sync in flight at the end of step {}",
     SAVE: "in the save after step {}",
     LOAD: "in the load after step {}",
 }
 _MUST_COME = {
     START: "all ranks must create and attach the optimizer",
     END: "all replicas need equally many batches, or all must call finish() (final_sync()) after the last",
+    FLIGHT: "all replicas need equally many batches, or all must call finish() (final_sync()) after the last",
     SAVE: "all ranks must save together",
     LOAD: "all ranks must load together",
 }
@@ -227,7 +229,7 @@ def _may_need(me: Report, peer: Peer) -> bool:
 def _is_missed(me: Report, peer: Peer) -> bool:
     """Whether a rank that left must have come to where this one is; after the same step it may have come and gone."""
     assert peer.report is not None
-    if me.block == END:
+    if me.block in (END, FLIGHT):
         return peer.report.step < me.step
     return bool(me.block) or _may_need(me, peer)
 
