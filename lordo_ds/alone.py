@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained, warn_of_left_out
-from lordo_ds.comm.groups import groups_for, of_all_ranks, replica_groups
+from lordo_ds.comm.groups import groups_for, of_all_ranks, own_purpose, replica_groups
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.wire import ReplicaWire
@@ -165,7 +165,7 @@ def replicas_of_torch(
         if groups.layout.replica_count > 1:
             alike = {"sharded": False, "only_data_parallel": True}
             wire, inside = connect(groups, device, **alike)
-            beside = connect(groups_for("streaming", groups), device, **alike) if overlaps else None
+            beside = connect(groups_for(own_purpose(), groups), device, **alike) if overlaps else None
             return wire, inside, BackgroundGroups(*beside) if beside else None
     wire, inside = ReplicaWire(), InsideReplica(device=device)
     return wire, inside, BackgroundGroups(ReplicaWire(), InsideReplica(device=device)) if overlaps else None

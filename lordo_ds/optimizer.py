@@ -108,14 +108,9 @@ class LoRDO(torch.optim.Optimizer):
         with self.watchdog.starting():
             self.held = allocate(self.config, flats, self.param_groups, self.state, inside, tied)
             self.model_size = model_size(self.held.fragments, inside)
+            where = fragment_of_each(self.config, self.held, inside) if self.config.streaming.is_on else {}
             self.sync = OuterSync(
-                self.config,
-                self.held.fragments,
-                wire,
-                inside,
-                tied,
-                fragment_of=fragment_of_each(self.config, self.held, inside) if self.config.streaming.is_on else None,
-                background=background,
+                self.config, self.held.fragments, wire, inside, tied, fragment_of=where, background=background
             )
             self._steps = Steps(self.config, self.held, self.sync.bases, inside)
             self.sync.start(resuming)
@@ -201,8 +196,7 @@ class LoRDO(torch.optim.Optimizer):
             ConfigError: a parameter was resized or replaced.
         """
         assert self.sync is not None
-        equal = self.attempted_steps == self.sync.last_synced_step
-        self.sync.outside.check(self.attempted_steps + 1, equal)
+        self.sync.outside.check(self.attempted_steps + 1, equal=self.attempted_steps == self.sync.last_synced_step)
 
     @torch.no_grad()
     def end_attempt(self) -> bool:
@@ -247,26 +241,30 @@ class LoRDO(torch.optim.Optimizer):
         return changed
 
     def _land(self) -> bool:
+        """End the sync that is in flight; whether there was one."""
         assert self.sync is not None
+        if self.sync.streaming.flight is None:
+            return False
         with self.watchdog.during(FLIGHT):
             self.executed_steps += self.sync.land(self.attempted_steps)
         return True
 
     @torch.no_grad()
-    def drain(self) -> bool:
+    def drain(self, before_load: bool = False) -> bool:
         """End the sync in flight now (`streaming.delay_steps`): before weights and states are saved. Collective.
 
         An engine's save, a load and a final sync do it themselves. A run that did not is another trajectory.
 
+        Args:
+            before_load: whatever the weights are now, others will be in their place; else other ones are refused.
+
         Returns:
             Whether weights changed.
-
-        Raises:
-            ConfigError: other weights are in their place, as in an evaluation.
         """
         if self.sync is None or self.sync.streaming.flight is None:
             return False
-        self.sync.refuse_changed(self.attempted_steps)
+        if not before_load:
+            self.sync.refuse_changed(self.attempted_steps)
         with self.watchdog.at_the_end_of(self.attempted_steps):
             self._land()
         self.watchdog.synced(self.attempted_steps)
@@ -292,8 +290,7 @@ class LoRDO(torch.optim.Optimizer):
                 self.sync.flush_rows()
                 self.sync.outside.record()
                 return False
-            if self.sync.streaming.flight is not None:
-                self._land()
+            self._land()
             plan = final_plan(self.config, self.attempted_steps)
             self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)
         self.watchdog.synced(self.attempted_steps)

@@ -56,6 +56,8 @@ class Run(Protocol):
 
     def _detach(self) -> None: ...
 
+    def drain(self, before_load: bool = False) -> bool: ...
+
 
 # -- the header --------------------------------------------------------------------------------------
 
@@ -69,7 +71,8 @@ def header_of(run: Run) -> Header:
     sync, held = run.sync, run.held
     if sync is not None and sync.streaming.flight is not None:
         raise CheckpointError(
-            "LoRDO: a sync is in flight: call the optimizer's drain() on all ranks before weights and states are saved"
+            "LoRDO: a sync is in flight: call drain(), of the optimizer or of an engine's handle, on all ranks before "
+            "weights and states are saved"
         )
     inside = sync.inside if sync else InsideReplica()
     numbers = {tensor: i for i, tensor in enumerate(_stepped(run))}
@@ -248,6 +251,7 @@ def reseeded_later(found: list[NotFinite], replicas: int, where: str) -> list[in
 
 def load(run: Run, state_dict: Mapping[str, Any]) -> None:
     """See `LoRDO.load_state_dict`."""
+    run.drain(before_load=True)
     saved = check(run, state_dict)
     assert run.sync is not None
     if saved.fragments:  # a state saved before the first step has nothing but its settings

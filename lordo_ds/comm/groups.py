@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -14,6 +15,9 @@ from lordo_ds.watch.timeouts import timeout_for_new_groups
 _T = TypeVar("_T")
 
 _groups: dict[tuple[object, str, tuple[int, ...]], dist.ProcessGroup] = {}
+
+
+_purposes = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ def replica_groups(
         alone=alone,
         pipe_size=pipe_size,
     )
+
+
+def own_purpose() -> str:
+    """A name for groups that nothing else shares: two threads in one group would mix up their collectives.
+
+    All ranks ask equally often. torch keeps the groups to the end of the process.
+    """
+    return f"streaming {next(_purposes)}"
 
 
 def groups_for(purpose: str, groups: ReplicaGroups) -> ReplicaGroups:

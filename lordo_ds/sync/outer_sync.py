@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -57,7 +58,7 @@ class OuterSync:
         inside: InsideReplica,
         tied: Sequence[TiedWeight] = (),
         bucket_numel: int = DEFAULT_BUCKET_NUMEL,
-        fragment_of: Mapping[str, int] | None = None,
+        fragment_of: Mapping[str, int] = MappingProxyType({}),
         background: BackgroundGroups | None = None,
     ) -> None:
         self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
@@ -66,9 +67,9 @@ class OuterSync:
         self.faults = Faults(config, items, wire)
         self.outside = OutsideChanges(items, wire, inside)
         shared = self.faults, GroupValues(items)
-        where = fragment_of or {}
         groups = [
-            [item for item in items if where.get(item.plan.name, 0) == f] for f in range(config.streaming.fragments)
+            [item for item in items if fragment_of.get(item.plan.name, 0) == f]
+            for f in range(config.streaming.fragments)
         ]
         # No bucket spans fragments, so that who owns which elements is the same in a sync of everything.
         fragments = [buckets_of(config, group, inside, bucket_numel) for group in groups]
@@ -119,6 +120,7 @@ class OuterSync:
             came_by: how the replicas came by their weights, for the message.
             resuming: a saved state comes next, and with it the anchors; every replica keeps the weights that it has.
         """
+        assert self.streaming.flight is None
         # Those of one replica first: only equal ones may divide what crosses replicas.
         equal = [self._equalise(group) for group in (self.wire.twins, self.wire) if not resuming]
         if not self.tensor_copies.start_():
