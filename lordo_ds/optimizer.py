@@ -25,7 +25,6 @@ from lordo_ds.sync.background import BackgroundGroups
 from lordo_ds.sync.made_up_step import only_makes_state
 from lordo_ds.sync.outer_sync import OuterSync
 from lordo_ds.sync.report import SyncReport
-from lordo_ds.watch.liveness import FLIGHT
 from lordo_ds.watch.unwatched import Unwatched
 from lordo_ds.watch.watchdog import watch_ranks
 
@@ -245,8 +244,9 @@ class LoRDO(torch.optim.Optimizer):
         assert self.sync is not None
         if self.sync.streaming.flight is None:
             return False
-        with self.watchdog.during(FLIGHT):
-            self.executed_steps += self.sync.land(self.attempted_steps)
+        with self.watchdog.in_flight(self.sync.streaming.thread):
+            self.sync.streaming.wait()
+        self.executed_steps += self.sync.land(self.attempted_steps)
         return True
 
     @torch.no_grad()

@@ -40,6 +40,11 @@ class Background(Generic[_T]):
         self._error: BaseException | None = None
 
     @property
+    def thread(self) -> int | None:
+        """The identifier of the thread that works, or has worked."""
+        return None if self._thread is None else self._thread.ident
+
+    @property
     def busy(self) -> bool:
         """A job was started, and its result has not been asked for."""
         return self._thread is not None

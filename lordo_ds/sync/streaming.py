@@ -90,18 +90,29 @@ class Streaming:
     def lands_at(self, step: int) -> bool:
         return self.flight is not None and self.flight.lands <= step
 
+    @property
+    def thread(self) -> int | None:
+        """The identifier of the thread that syncs beside training."""
+        return None if self.flight is None else self._background.thread
+
+    def wait(self) -> None:
+        """Until the sync in flight has ended, well or not."""
+        if self.flight is not None:
+            began = time.perf_counter()
+            self._background.wait()
+            self.flight.departure.report.blocked_seconds += time.perf_counter() - began
+
     def land_(self) -> tuple[Departure, Arrival]:
-        """Wait for what is in flight, and take over what it made. Collective over the shards.
+        """Take over what the sync in flight made, when it has ended. Collective over the shards.
 
         Raises:
             SyncError: what the sync found, on all ranks.
         """
+        self.wait()
         flight, self.flight = self.flight, None
         assert flight is not None and flight.departure.report.fragment is not None
         here, there = self.parts[flight.departure.report.fragment], flight.part
-        began = time.perf_counter()
         arrival = self._background.result()
-        arrival.report.blocked_seconds = time.perf_counter() - began
         arrival.report.bytes_sent = there.wire.ledger.total_bytes
         for one, other in zip(_ledgers(here), _ledgers(there), strict=True):
             one.take_over(other)
@@ -117,7 +128,7 @@ class Streaming:
         """These were given other weights: what is in flight of them must not touch their anchors, nor be added."""
         if self.flight is None:
             return
-        self._background.wait()
+        self.wait()
         given = {id(item) for item in items}
         for snapshot in self.flight.snapshots:
             snapshot.loaded |= id(snapshot.item) in given

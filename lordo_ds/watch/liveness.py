@@ -39,9 +39,10 @@ class Report:
     """One heartbeat of one rank.
 
     `beat` changes from one to the next. `step` is the last attempted step, `synced` the last that ended in a sync.
-    `block` names the collectives of all ranks that it is among, "" elsewhere. `place` is where its main thread is,
-    `waits` whether that is in a collective of the engine's or of ours. `replica` is the first rank of its replica,
-    `begun` how many collectives it has begun in each group inside. `ended` says why no more beats will come.
+    `block` names the collectives of all ranks that it is among, "" elsewhere. `place` is where its main thread is, or
+    the thread that this one waits for with a sync in flight; `waits` whether that is in a collective of the engine's or
+    of ours. `replica` is the first rank of its replica, `begun` how many collectives it has begun in each group inside.
+    `ended` says why no more beats will come.
     """
 
     beat: int = 0
@@ -64,6 +65,8 @@ class Report:
         """Whether it cannot go on before the other does, if neither has moved for long."""
         if self.block in (START, LOAD):  # a load brings the steps that it was saved with
             return other.block != self.block
+        if self.block == other.block == FLIGHT and self.step == other.step:
+            return self.waits and not other.waits
         if self.block:
             return other.step < self.step or (other.step == self.step and other.block != self.block)
         if self.replica != other.replica:

@@ -29,6 +29,10 @@ class Unwatched:
     def during(self, block: str) -> Iterator[None]:
         yield
 
+    @contextmanager
+    def in_flight(self, thread: int | None) -> Iterator[None]:
+        yield
+
     def synced(self, step: int) -> None:
         pass
 

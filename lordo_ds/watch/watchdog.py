@@ -25,6 +25,7 @@ from lordo_ds.watch.heartbeat import Heartbeat
 from lordo_ds.watch.last_words import flush, say, say_unwatched
 from lordo_ds.watch.liveness import (
     END,
+    FLIGHT,
     LEFT,
     START,
     Finding,
@@ -135,6 +136,16 @@ class Watchdog(Unwatched):
             raise
         finally:
             self._heartbeat.tell(block=before)
+
+    @contextmanager
+    def in_flight(self, thread: int | None) -> Iterator[None]:
+        """The block waits for a thread of this process, among collectives that all ranks have begun beside training."""
+        with self.during(FLIGHT):
+            self._heartbeat.main_thread = thread or self._heartbeat.main_thread
+            try:
+                yield
+            finally:
+                self._heartbeat.follow_this_thread()
 
     def synced(self, step: int) -> None:
         """This step ended in a sync."""
