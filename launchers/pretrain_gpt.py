@@ -171,7 +171,9 @@ def save_checkpoint(job: Job) -> None:
     check_claim(job.claim)
     if isinstance(job.hook, EveryStepHook):
         job.hook.flush()
-        job.log.flush(job.hook.averaged_rows())
+    elif job.hook.drain() and job.hook.replicas > 1:
+        job.log.last["bytes_replica"] += replica_bytes(job)
+    job.log.flush(job.hook.averaged_rows())
     job.log.put_on_disk()
     client = {
         "step": job.step,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lordo_ds.comm.checksum import checksum
 from lordo_ds.comm.equalise import equalise_untrained, warn_of_left_out
-from lordo_ds.comm.groups import of_all_ranks
+from lordo_ds.comm.groups import of_all_ranks, own_purpose
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.comm.wrapped import refuse_averaging, refuse_splitting
@@ -31,6 +31,7 @@ from lordo_ds.replica.allocate import Held
 from lordo_ds.replica.model_size import ModelSize
 from lordo_ds.start_table import RunShape, show_messages, start_table
 from lordo_ds.sync.alike import Start, require_alike, start_alone
+from lordo_ds.sync.background import BackgroundGroups
 from lordo_ds.sync.outer_sync import OuterSync
 from lordo_ds.watch.unwatched import Unwatched
 from lordo_ds.watch.watchdog import watch_ranks
@@ -180,7 +181,13 @@ class Run(Protocol):
     model_size: ModelSize
 
     def attach(
-        self, flats: Sequence[FlatTensor], wire: ReplicaWire, inside: InsideReplica | None = None, *, resuming: bool
+        self,
+        flats: Sequence[FlatTensor],
+        wire: ReplicaWire,
+        inside: InsideReplica | None = None,
+        *,
+        resuming: bool,
+        background: BackgroundGroups | None,
     ) -> None: ...
 
 
@@ -198,12 +205,16 @@ def attach(run: Run, model: GivenModel | None, resuming: bool) -> bool:
         flats = agreed_tensors(run, run.config, run.param_groups, model, run.ranks)
         device = local_part(flats[0].tensor).device if flats else torch.device("cpu")
         wire, inside = run.ranks.connect(run.config, device)
+        background = None
+        if run.config.streaming.delay_steps:
+            background = BackgroundGroups(*run.ranks.connect(run.config, device, own_purpose()))
+            background.wire.slow_link = wire.slow_link
     if wire.replicas > 1:
         refuse_averaging({flat.tensor for flat in flats}, dist.get_process_group_ranks(inside.everyone.group))
     show_messages(dist_rank())
     if not resuming:
         equalise_model(model, {flat.tensor for flat in flats}, wire, inside.device)
-    run.attach(flats, wire, inside, resuming=resuming)
+    run.attach(flats, wire, inside, resuming=resuming, background=background)
     assert run.sync is not None
     say_start(run.config, run.held, run.sync, run.model_size)
     return wire.replicas > 1 and not resuming

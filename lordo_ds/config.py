@@ -114,10 +114,15 @@ WireFormat = Literal["fp32", "bf16", "int8", "int4"] | TopK
 
 
 class Streaming(_Block):
-    """Fragments and delay of an overlapped sync (not available yet: only the defaults are legal)."""
+    """The model syncs in `fragments`, one after the other; what a sync made is applied `delay_steps` later."""
 
     fragments: Annotated[StrictInt, Field(ge=1)] = 1
     delay_steps: Annotated[StrictInt, Field(ge=0)] = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Otherwise every sync is of everything, and done before training goes on."""
+        return self.fragments > 1 or self.delay_steps > 0
 
 
 class WireThrottle(_Block):
@@ -256,11 +261,26 @@ class LordoConfig(_Block):
                 'outer.compute = "owner" refreshes bases from the pseudo-gradient, and with basis_source = "gradient" '
                 'they come from elsewhere: use basis_source "pseudo_gradient" or leave it out (nearest: "auto")'
             )
-        if self.streaming != Streaming():
-            raise ValueError(
-                'streaming is not available in this version: use {"fragments": 1, "delay_steps": 0} or leave it out'
-            )
+        self._check_streaming()
         return self
+
+    def _check_streaming(self) -> None:
+        fragments, delay, interval = self.streaming.fragments, self.streaming.delay_steps, self.sync_interval
+        if fragments > interval:
+            raise ValueError(
+                f"streaming.fragments = {fragments} must be at most sync_interval = {interval}: every fragment has a "
+                f"step of its own (nearest: {interval})"
+            )
+        if delay * fragments >= interval:
+            raise ValueError(
+                f"streaming.delay_steps = {delay} must be less than sync_interval / fragments, {interval}/{fragments}: "
+                f"a fragment is applied before the next one begins (nearest: {(interval - 1) // fragments})"
+            )
+        if self.streaming.is_on and self.basis_source == "gradient":
+            raise ValueError(
+                'basis_source = "gradient" needs the gradient of the step that syncs, which streaming does not keep: '
+                'use basis_source "pseudo_gradient" or leave streaming out (nearest: "pseudo_gradient")'
+            )
 
     def rank_for(self, smaller_side: int) -> int:
         """Subspace rank for a matrix whose smaller side is given: at least 1, at most that side."""

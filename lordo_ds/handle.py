@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
+from lordo_ds.comm.agreement import agreed
 from lordo_ds.comm.groups import ReplicaGroups
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.start_table import RunShape
@@ -160,8 +161,27 @@ class RunHandle:
         if self.optimizer.final_sync():
             self._after_final_sync(self.optimizer.executed_steps - before)
 
+    def drain(self, before_load: bool = False) -> bool:
+        """End the sync that is in flight, as every save of the engine's does first; whether one was. Collective.
+
+        Args:
+            before_load: whatever the weights are now, others will be in their place.
+
+        Raises:
+            CheckpointError: on some rank other weights are in their place, as in an evaluation.
+        """
+        optimizer, sync = self.optimizer, self.optimizer.sync
+        if sync is None or sync.streaming.flight is None:
+            return False
+        if not before_load:
+            agreed(lambda: sync.refuse_changed(optimizer.attempted_steps))
+        before = optimizer.executed_steps
+        optimizer.drain(before_load)
+        self._after_final_sync(optimizer.executed_steps - before)
+        return True
+
     def _after_final_sync(self, steps_taken_over: int) -> None:
-        """The final sync changed the weights: low-precision copies are stale.
+        """A sync that ended between two steps changed the weights: low-precision copies are stale.
 
         Args:
             steps_taken_over: how many more steps another replica had executed.

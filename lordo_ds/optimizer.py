@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lordo_ds import alone, saved_state
+from lordo_ds import alone, crossings, saved_state
 from lordo_ds.adapters.fsdp2.ranks import ranks_of
 from lordo_ds.checkpoint.header import OWN_FILE_HINT, EngineFacts, Header
 from lordo_ds.comm.inside import InsideReplica
@@ -17,11 +17,12 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.amp import unscale_or_skip
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.schedule import final_plan, steps_until_sync
-from lordo_ds.replica.allocate import Held, allocate
+from lordo_ds.core.schedule import steps_until_sync
+from lordo_ds.replica.allocate import Held, allocate, fragment_of_each
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.replica.model_size import ModelSize, model_size
 from lordo_ds.replica.steps import Steps
+from lordo_ds.sync.background import BackgroundGroups
 from lordo_ds.sync.made_up_step import only_makes_state
 from lordo_ds.sync.outer_sync import OuterSync
 from lordo_ds.sync.report import SyncReport
@@ -84,6 +85,7 @@ class LoRDO(torch.optim.Optimizer):
         inside: InsideReplica | None = None,
         tied: Sequence[TiedWeight] = (),
         resuming: bool = False,
+        background: BackgroundGroups | None = None,
     ) -> None:
         """Plan every parameter and allocate its state. Collective: the replicas' weights are made equal.
 
@@ -94,6 +96,7 @@ class LoRDO(torch.optim.Optimizer):
             inside: the groups inside this replica; default: this rank is the replica.
             tied: weights of which other pipeline stages hold copies.
             resuming: a saved state comes next; every replica keeps the weights that it has loaded.
+            background: the same groups once more, for syncs beside training (`streaming` with a delay).
 
         Raises:
             ConfigError: a parameter that cannot be stepped, or another layout on another tensor-parallel rank.
@@ -101,11 +104,12 @@ class LoRDO(torch.optim.Optimizer):
         inside = inside or InsideReplica()
         if self.watchdog.stopped:
             self.watchdog = watch_ranks(self.config.sync_timeout_s, owner=self)
-        self.watchdog.follow(wire, inside)
+        self.watchdog.follow(wire, inside, () if background is None else [background.wire, background.inside.shard])
         with self.watchdog.starting():
             self.held = allocate(self.config, flats, self.param_groups, self.state, inside, tied)
             self.model_size = model_size(self.held.fragments, inside)
-            self.sync = OuterSync(self.config, self.held.fragments, wire, inside, tied)
+            where = fragment_of_each(self.config, self.held, inside)
+            self.sync = OuterSync(self.config, self.held.fragments, wire, inside, tied, where, background)
             self._steps = Steps(self.config, self.held, self.sync.bases, inside)
             self.sync.start(resuming)
             self.sync.outside.record()
@@ -216,26 +220,23 @@ class LoRDO(torch.optim.Optimizer):
 
     def cross_replicas(self) -> bool:
         """What `Members.around` runs at the end of an attempted step; whether weights changed. Collective."""
-        assert self.sync is not None and self._steps is not None
-        plan = self._steps.schedule.plan(self.attempted_steps)
-        changed = plan.due
-        if plan.due or self.executed_steps <= 1:
-            self.sync.check_copies(self.attempted_steps)
-        if self.sync.bases.wait_for_all_replicas(self.attempted_steps):
-            before = self.executed_steps - self._executed_now
-            self.sync.first_bases(self.attempted_steps, before, self._executed_now)
-            changed |= self._steps.take_deferred(self.attempted_steps)
-        if plan.due:
-            self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, self._executed_now)
-        return changed
+        assert self._steps is not None
+        return crossings.end_step(self, self._steps, self._executed_now)
+
+    @torch.no_grad()
+    def drain(self, before_load: bool = False) -> bool:
+        """End the sync in flight (`streaming.delay_steps`), before a save; whether weights changed. Collective.
+
+        An engine's save, a load and a final sync do it themselves. A run that does not is another trajectory.
+
+        Args:
+            before_load: whatever the weights are now, others will be in their place; else other ones are refused.
+        """
+        return crossings.drain(self, before_load)
 
     @torch.no_grad()
     def final_sync(self) -> bool:
-        """Sync now unless the last attempted step ended in one, and average the recorded rows. Collective.
-
-        Returns:
-            Whether weights changed.
-        """
+        """Sync everything, unless the last step did, and average the rows; whether weights changed. Collective."""
         if self.sync is None:
             raise ValueError("LoRDO: final_sync() comes after the first step: this optimizer has made none")
         changed = self.sync.members.around(self._final_sync, final=True)
@@ -243,18 +244,8 @@ class LoRDO(torch.optim.Optimizer):
         return changed
 
     def _final_sync(self) -> bool:
-        assert self.sync is not None
         self.begin_attempt()
-        with self.watchdog.at_the_end_of(self.attempted_steps):
-            if self.synced:
-                self.sync.flush_rows()
-                self.sync.outside.record()
-                return False
-            plan = final_plan(self.config, self.attempted_steps)
-            self.executed_steps = self.sync.run(plan, self.attempted_steps, self.executed_steps, executed_now=False)
-        self.watchdog.synced(self.attempted_steps)
-        self.sync.outside.record()
-        return True
+        return crossings.finish(self)
 
     def forget_attempt(self) -> None:
         """What was made since the last sync counts no more: the state of another replica is in its place."""
@@ -266,7 +257,12 @@ class LoRDO(torch.optim.Optimizer):
 
     @property
     def synced(self) -> bool:
-        """Whether the last attempted step ended in a sync."""
+        """Whether the last attempted step ended in a sync, of everything or of a fragment."""
+        return self.sync is not None and 0 < self.attempted_steps == self.sync.landed_step
+
+    @property
+    def replicas_equal(self) -> bool:
+        """Whether the last attempted step ended in a sync of everything, so that all replicas hold the same weights."""
         return self.sync is not None and 0 < self.attempted_steps == self.sync.last_synced_step
 
     @property

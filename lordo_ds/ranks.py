@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lordo_ds.checkpoint.header import Header
 from lordo_ds.comm.connect import connect
-from lordo_ds.comm.groups import replica_groups
+from lordo_ds.comm.groups import groups_for, replica_groups
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.nodes import layout_of_replicas
 from lordo_ds.comm.slow_link import SlowLink
@@ -57,9 +57,15 @@ class Ranks:
         """What else must be alike on all ranks."""
         return {}
 
-    def connect(self, config: LordoConfig, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
-        """Collective over all ranks where there are several."""
-        return replicas_of_torch(config, device)
+    def connect(
+        self, config: LordoConfig, device: torch.device, purpose: str = ""
+    ) -> tuple[ReplicaWire, InsideReplica]:
+        """Across replicas, and inside this one. Collective over all ranks where there are several.
+
+        Args:
+            purpose: names process groups of their own for it.
+        """
+        return replicas_of_torch(config, device, purpose)
 
     def header(self, header: Header) -> Header:
         """As it is saved."""
@@ -78,7 +84,9 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def replicas_of_torch(config: LordoConfig, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
+def replicas_of_torch(
+    config: LordoConfig, device: torch.device, purpose: str = ""
+) -> tuple[ReplicaWire, InsideReplica]:
     """Every `replica_size` ranks of torch.distributed are a replica. Collective over all ranks where there are several.
 
     Returns:
@@ -87,5 +95,6 @@ def replicas_of_torch(config: LordoConfig, device: torch.device) -> tuple[Replic
     if several_ranks():
         groups = replica_groups(layout_of_replicas(range(dist.get_world_size()), config.replica_size, "replica_size"))
         if groups.layout.replica_count > 1:
+            groups = groups_for(purpose, groups) if purpose else groups
             return connect(groups, device, SlowLink.of(config.wire_throttle), sharded=False, only_data_parallel=True)
     return ReplicaWire(), InsideReplica(device=device)

@@ -64,13 +64,24 @@ class Run(Protocol):
 
     def _detach(self) -> None: ...
 
+    def drain(self, before_load: bool = False) -> bool: ...
+
 
 # -- the header --------------------------------------------------------------------------------------
 
 
 def header_of(run: Run) -> Header:
-    """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors."""
+    """What this rank's state is, and where it lies; the parameter groups must hold the stepped tensors.
+
+    Raises:
+        CheckpointError: a sync is in flight, which is no part of a state.
+    """
     sync, held = run.sync, run.held
+    if sync is not None and sync.streaming.flight is not None:
+        raise CheckpointError(
+            "LoRDO: a sync is in flight: call drain(), of the optimizer or of an engine's handle, on all ranks before "
+            "weights and states are saved"
+        )
     inside = sync.inside if sync else InsideReplica()
     numbers = {tensor: i for i, tensor in enumerate(_stepped(run))}
     facts = {fact.name: fact for fact in held.facts}
@@ -285,6 +296,7 @@ def reseeded_later(found: list[NotFinite], replicas: int, where: str) -> list[in
 
 def load(run: Run, state_dict: Mapping[str, Any]) -> None:
     """See `LoRDO.load_state_dict`."""
+    run.drain(before_load=True)
     saved = check(run, state_dict)
     assert run.sync is not None
     if saved.fragments:  # a state saved before the first step has nothing but its settings
@@ -317,6 +329,7 @@ def restore_counters(
     sync.outside.forget()
     for name in SYNC_COUNTERS:
         setattr(sync, name, getattr(counters, name))
+    sync.landed_step = sync.last_synced_step
     sync.wire.ledger.load_state_dict(dict(bytes_sent))
     sync.traffic = Traffic(run.attempted_steps, sync.counted())
     sync.rows.pending = [list(row) for row in rows]

@@ -129,6 +129,8 @@ def _status(optimizer: LoRDO, shape: RunShape, ddp_bytes_per_step: int, gradient
             "seconds_blocked": {axis: amounts.seconds for axis, amounts in last_step.items()},
         },
         "last_sync": asdict(report) if report else None,
+        "fragments": len(sync.streaming.parts),
+        "fragment_in_flight": sync.streaming.fragment_in_flight,
     }
 
 
@@ -151,6 +153,8 @@ def sync_events(hook: RunHandle, samples: int) -> list[tuple[str, float, int]]:
         "seconds_blocked_per_step": traffic.blocked_per_step_s,
         **{f"{name}_bytes_per_step": value for name, value in others.items()},
         "sync_seconds": report.seconds,
+        "sync_seconds_blocked": report.seconds_blocked,
+        "fragment": report.fragment,
         "drift": report.drift,
         "basis_overlap": report.overlap,
         "captured_gradient_energy": report.captured_gradient_energy,

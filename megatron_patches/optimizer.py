@@ -10,6 +10,7 @@ wrapper runs the sync if it is due and refreshes the low-precision weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from lordo_ds.comm.connect import connect
 from lordo_ds.comm.equalise import equalise_untrained
+from lordo_ds.comm.groups import groups_for, make_groups, own_purpose
 from lordo_ds.comm.inside import InsideComm
 from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.core.fragments import FlatTensor
@@ -31,6 +33,7 @@ from lordo_ds.errors import ConfigError
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.replica.copies import TiedWeight
 from lordo_ds.replica.model_copy import checked_model, whole_copy
+from lordo_ds.sync.background import BackgroundGroups
 from megatron_patches.ddp import Replicas
 from megatron_patches.handle import TrainingHandle
 from megatron_patches.samples import SampleCheck
@@ -176,9 +179,19 @@ def _attach(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], repli
     facts = named_facts(model, groups.tensor_size)
     flats = [FlatTensor.of_one(tensors[parameter], fact) for parameter, fact in facts.items() if parameter in tensors]
     device = flats[0].tensor.device
-    wire, inside = connect(groups, device, SlowLink.of(lordo.config.wire_throttle), sharded=False)
+    link = SlowLink.of(lordo.config.wire_throttle)
+    wire, inside = connect(groups, device, link, sharded=False)
     equalise_untrained(model, tensors.keys(), wire, device)
-    lordo.attach(flats, wire, inside, _tied(model, facts))
+    tied, background = _tied(model, facts), None
+    if lordo.config.streaming.delay_steps:
+        purpose = own_purpose()
+        beside = connect(groups_for(purpose, groups), device, link, sharded=False)
+        # A copy's group once more; ranks that hold none ask for one of their own.
+        ranks = [dist.get_process_group_ranks(weight.comm.group) for weight in tied]
+        again = make_groups(ranks or [(dist.get_rank(),)], purpose)
+        pairs = zip(tied, again, strict=bool(tied))
+        background = BackgroundGroups(*beside, [replace(one, comm=InsideComm(group)) for one, group in pairs])
+    lordo.attach(flats, wire, inside, tied, background=background)
 
 
 def _watch(lordo: LoRDO, model: nn.Module, tensors: dict[Tensor, Tensor], replicas: Replicas) -> None:

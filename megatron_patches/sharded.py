@@ -58,8 +58,11 @@ def _check(optimizer: LoRDO) -> None:
     sync, step = optimizer.sync, optimizer.attempted_steps
     if sync is None or sync.wire.replicas == 1 or step == sync.last_synced_step:
         return
+    when = f"at a sync (the next one ends step {step + optimizer.next_sync_in})"
+    if optimizer.config.streaming.is_on:  # a sync of a fragment leaves the others as they are
+        when = "after the handle's finish()"
     raise CheckpointError(
         f"LoRDO: dist_checkpointing.save at step {step}, {step - sync.last_synced_step} after the last sync: the "
-        "replicas differ, and it would keep replica 0's as everybody's: save at a sync (the next one ends step "
-        f"{step + optimizer.next_sync_in}), or save state_dict() in one file per rank"
+        f"replicas differ, and it would keep replica 0's as everybody's: save {when}, or save state_dict() in one "
+        "file per rank"
     )

@@ -81,6 +81,7 @@ class EndsInASync:
 
     def reload_model_params(self, state_dict: Any = None) -> None:
         """The model was given other weights: take them over and anchor there. Collective over all replicas."""
+        self.handle.drain(before_load=True)
         super().reload_model_params(state_dict=state_dict)  # type: ignore[misc]
         self.optimizer.sync.start(came_by="loaded")  # type: ignore[attr-defined]
         self.refresh_model()
@@ -94,6 +95,7 @@ class EndsInASync:
         Raises:
             CheckpointError: it does not fit; nothing is changed then.
         """
+        self.handle.drain(before_load=True)
         agreed(lambda: self._check_state(state_dict))
         groups = (state_dict if "param_groups" in state_dict else state_dict["optimizer"])["param_groups"]
         super().load_state_dict(_shallow(state_dict))  # type: ignore[misc]

@@ -176,7 +176,7 @@ class Membership(Members):
         logger.warning("LoRDO: %d replicas from step %d on", self.wire.replicas, self.optimizer.attempted_steps)
         self._sync.faults.count_anew()  # replicas are numbered anew
         self._sync.share_out()
-        if self._sync.bucket_sync.work_at_owners and not self.optimizer.config.outer.is_plain_average:
+        if self._sync.bases.at_owners and not self.optimizer.config.outer.is_plain_average:
             logger.warning("LoRDO: others own what they did before: the outer momentum of it starts again")
         return True
 
@@ -251,13 +251,18 @@ def join_replicas(trained: Any, manager: Manager, group: Any) -> Membership:
         group: the torchft process group that the manager was made with.
 
     Raises:
-        ValueError: no LoRDO, or more than one rank.
+        ValueError: no LoRDO, more than one rank, or streaming.
         ConfigError: the replicas that are there were started differently; they go on without this one.
     """
     engine = hook(trained)
     optimizer = trained if engine is None else engine.optimizer
     if not isinstance(optimizer, LoRDO):
         raise ValueError(f"LoRDO: join_replicas() got a {type(trained).__name__}: give a LoRDO engine or optimizer")
+    if optimizer.config.streaming.is_on:
+        raise ValueError(
+            "LoRDO: streaming syncs fragments among replicas that stay, and with torchft they come and go: leave "
+            f"{optimizer.config.key('streaming')} out, or torchft off"
+        )
     if optimizer.sync is None:
         optimizer._attach_alone()
     sync = optimizer.sync

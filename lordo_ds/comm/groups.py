@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -13,7 +14,10 @@ from lordo_ds.watch.timeouts import timeout_for_new_groups
 
 _T = TypeVar("_T")
 
-_groups: dict[tuple[object, tuple[int, ...]], dist.ProcessGroup] = {}
+_groups: dict[tuple[object, str, tuple[int, ...]], dist.ProcessGroup] = {}
+
+
+_purposes = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,26 @@ def replica_groups(
     )
 
 
-def make_groups(wanted: Sequence[Sequence[int]]) -> list[dist.ProcessGroup]:
+def own_purpose() -> str:
+    """A name for groups that nothing else shares: two threads in one group would mix up their collectives.
+
+    All ranks ask equally often. torch keeps the groups to the end of the process.
+    """
+    return f"streaming {next(_purposes)}"
+
+
+def groups_for(purpose: str, groups: ReplicaGroups) -> ReplicaGroups:
+    """The same ranks in process groups of their own, which no other collectives wait for. Collective over all ranks."""
+    here = groups.shard, groups.replica, groups.tensor, groups.inside, groups.alone
+    made = make_groups([dist.get_process_group_ranks(group) for group in here], purpose)
+    shard, replica, tensor, inside, alone = made
+    return replace(groups, shard=shard, replica=replica, tensor=tensor, inside=inside, alone=alone)
+
+
+def make_groups(wanted: Sequence[Sequence[int]], purpose: str = "") -> list[dist.ProcessGroup]:
     """The process groups of these lists of ranks, each created once. Collective over all ranks, of the whole world.
+
+    Those of one purpose are apart from those of another.
 
     Every rank creates the groups of all, in one order. With `use_local_synchronization` only its members would, but
     torch 2.13 names such a group by how many the rank is in already: where those counts differ (between pipeline
@@ -79,9 +101,9 @@ def make_groups(wanted: Sequence[Sequence[int]]) -> list[dist.ProcessGroup]:
     mine = [tuple(ranks) for ranks in wanted]
     for ranks in sorted({ranks for one in of_all_ranks(mine) for ranks in one}):
         # Keyed by the default group too: it may be destroyed and made anew in one process.
-        if (dist.group.WORLD, ranks) not in _groups:
-            _groups[dist.group.WORLD, ranks] = dist.new_group(list(ranks), timeout=timeout_for_new_groups())
-    return [_groups[dist.group.WORLD, ranks] for ranks in mine]
+        if (dist.group.WORLD, purpose, ranks) not in _groups:
+            _groups[dist.group.WORLD, purpose, ranks] = dist.new_group(list(ranks), timeout=timeout_for_new_groups())
+    return [_groups[dist.group.WORLD, purpose, ranks] for ranks in mine]
 
 
 def of_all_ranks(value: _T) -> list[_T]:

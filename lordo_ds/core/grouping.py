@@ -22,7 +22,8 @@ class ParameterFacts:
     `partition_dim` is the tensor-parallel dimension (megatron-core sets it even at size 1), or None; `partitions` is
     the number of ranks that hold a slice of it along that dimension. `shape` is that of the slice. A slice of
     `partition_stride` 2 holds a part of each of two matrices (gated fc1: [gate; up]). `embedding_name` is what in the
-    name calls it an embedding, where names are all that is known.
+    name calls it an embedding, where names are all that is known. `position` is its place in the model's order, 0 for
+    all where there is no model.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ParameterFacts:
     partitions: int = 1
     partition_stride: int = 1
     embedding_name: str = ""
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def model_facts(model: nn.Module, tensor_size: int = 1) -> dict[nn.Parameter, Pa
         if isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding"):
             embeddings.update(module.parameters(recurse=False))
     facts = {}
-    for parameter, all_names in names.items():
+    for position, (parameter, all_names) in enumerate(names.items()):
         partition_dim, sliced = _partition_dim(parameter), bool(getattr(parameter, "tensor_model_parallel", False))
         if sliced and tensor_size > 1 and partition_dim is None:
             raise ConfigError(
@@ -212,6 +214,7 @@ def model_facts(model: nn.Module, tensor_size: int = 1) -> dict[nn.Parameter, Pa
             partition_dim=partition_dim,
             partitions=tensor_size if sliced else 1,
             partition_stride=int(getattr(parameter, "partition_stride", 1)) if sliced else 1,
+            position=position,
         )
     return facts
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lordo_ds.config import LordoConfig
 from lordo_ds.core.basis import refresh_basis, sketch_seed
-from lordo_ds.core.codec import codec_of
 from lordo_ds.core.grouping import ParameterPlan
-from lordo_ds.core.ownership import Segment, at_owners, owned_segments
+from lordo_ds.core.model_fragments import model_fragments
+from lordo_ds.core.reference_streaming import Flights, adopted
+from lordo_ds.core.reference_wire import ReferenceWire
 from lordo_ds.core.schedule import SyncPlan, first_basis_due, sync_plan
 
 
@@ -32,13 +33,14 @@ class Reference:
         self.executed = [0] * self.M
         self.sizes_before: list[dict[str, float]] = [{} for _ in weights]
         self.anchor = {p.name: weights[0][p.name].clone() for p in plans}
-        self._codec = codec_of(config.pseudo_gradient_dtype)
-        self.owners = at_owners(config, self.M)
-        self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()  # by replica, and by owner
+        where = model_fragments(config, [(p.name, p.numel * p.partitions) for p in plans])
+        self.fragments = [[p for p in plans if where[p.name] == f] for f in range(config.streaming.fragments)]
+        self.wire = ReferenceWire(config, self.fragments, self.M, next(iter(self.anchor.values())))
+        self.flights = Flights(self)
         self.momentum = {p.name: torch.zeros_like(self.anchor[p.name]) for p in plans}
-        self.state: list[dict[str, dict[str, Any]]] = [{p.name: self._zeros(p) for p in plans} for _ in weights]
+        self.state: list[dict[str, dict[str, Any]]] = [{p.name: self.zeros(p) for p in plans} for _ in weights]
 
-    def _zeros(self, p: ParameterPlan) -> dict[str, Any]:
+    def zeros(self, p: ParameterPlan) -> dict[str, Any]:
         like = self.anchor[p.name]
         shape = (p.rank, p.other_side) if p.low_rank else p.shape
         state = {"t": 0, "Q": None, "u": like.new_zeros(shape), "v": like.new_zeros(shape)}
@@ -76,8 +78,11 @@ class Reference:
                     self._inner(p, self.weights[m][p.name], G[p.name], self.state[m][p.name], lr)
         for m in executed:
             self.executed[m] += 1
-        if plan.due:
-            self._sync(plan, gradients)
+        self.flights.land_if_due()
+        if plan.due and plan.fragment is None:
+            self.sync(plan, self.plans, gradients)
+        elif plan.due:
+            self.flights.begin(plan, gradients)
         self.doubtful |= {m for m in executed if losses and not math.isfinite(losses[m])}
         return plan
 
@@ -152,8 +157,12 @@ class Reference:
                 scale = torch.sqrt(torch.outer(rh, ch) / rh.mean()) + self.config.eps
                 W -= lr * self.config.weight_of_residual * P / scale
 
-    def _sync(self, plan: SyncPlan, gradients: list[dict[str, Tensor] | None]) -> None:
-        """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'."""
+    def sync(self, plan: SyncPlan, plans: list[ParameterPlan], gradients: list[dict[str, Tensor] | None]) -> list[int]:
+        """Fixed order: D from the raw weights; weights and anchor; moments; Q' from the raw D; moments in Q'.
+
+        Returns:
+            The replicas that took part.
+        """
         # One replica with plain averaging keeps no anchor to return to.
         alone = self.M == 1 and self.config.outer.is_plain_average
         finite = [m for m in range(self.M) if alone or (self._is_finite(m) and m not in self.doubtful)]
@@ -163,23 +172,20 @@ class Reference:
         self.executed = [max(self.executed)] * self.M
         if len(finite) < self.config.least_participants(self.M):
             finite = []
-        own = {m: {p.name: self.anchor[p.name] - self.weights[m][p.name] for p in self.plans} for m in finite}
-        means = self._at_owners(own) if finite else {}
-        if not self.owners:
-            means = self._told(means)
-        updates = {
-            p.name: self._outer(p, plan, means[p.name], self.state[finite[0]][p.name]["Q"])
-            for p in self.plans
-            if finite
-        }
-        if self.owners:
-            updates = self._told(updates)
-        for p in self.plans:
+        own = {m: {p.name: self.anchor[p.name] - self.weights[m][p.name] for p in plans} for m in finite}
+        updates = means = self.wire.means(plan.fragment, own) if finite else {}
+        if not self.wire.at_owners:
+            updates = means = self.wire.told(plan.fragment, means)
+        if finite:
+            donor = self.state[finite[0]]
+            updates = {p.name: self._outer(p, plan, means[p.name], donor[p.name]["Q"]) for p in plans}
+        if self.wire.at_owners:
+            updates = self.wire.told(plan.fragment, updates)
+        for p in plans:
             if not finite:  # too few to learn from: back to the anchor, with fresh moments in the old basis
                 for m in range(self.M):
                     self.weights[m][p.name].copy_(self.anchor[p.name])
-                    self.state[m][p.name] |= {k: v for k, v in self._zeros(p).items() if k != "Q"}
-                self.unsent, self.untold = self._nothing_unsent(), self._nothing_unsent()
+                    self.state[m][p.name] |= {k: v for k, v in self.zeros(p).items() if k != "Q"}
                 continue
             D = means[p.name]
             self.anchor[p.name] = self.anchor[p.name] - updates[p.name]
@@ -200,57 +206,10 @@ class Reference:
                         D_m = p.orient(own[m][p.name]) if shared is None else shared
                         self._refresh(p, self.state[m][p.name], D_m)
             for m in set(range(self.M)) - set(finite):  # a left-out replica adopts the first finite one's state
-                donor = self.state[finite[0]][p.name]
-                self.state[m][p.name] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in donor.items()}
-                if p.low_rank:
-                    self.state[m][p.name]["E"].zero_()
-        for m in set(range(self.M)) - set(finite):
-            for kept_back in (*self.unsent[m], *self.untold[m]):
-                kept_back.zero_()
-
-    def _at_owners(self, own: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The mean of every D over the replicas, as far as they say it.
-
-        Every replica tells every owner what it owns of D, and what it has not said before. The codec leaves in the
-        values what a message does not say.
-        """
-        if not self._codec.lossy or self.M == 1:
-            return {p.name: torch.stack([Ds[p.name] for Ds in own.values()]).mean(0) for p in self.plans}
-        total = [self.anchor[p.name].new_zeros(p.shape) for p in self.plans]
-        for segments in self._owned():
-            for m, Ds in own.items():
-                said = self._said(list(Ds.values()), self.unsent[m], segments)
-                for s, values in zip(segments, said, strict=True):
-                    total[s.item].view(-1)[s.start : s.stop] += values
-        return {p.name: part / len(own) for p, part in zip(self.plans, total, strict=True)}
-
-    def _told(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the owners tell of these: the replicas go on from that."""
-        if not values or not self._codec.lossy or self.M == 1:
-            return values
-        told = [self.anchor[p.name].new_zeros(p.shape) for p in self.plans]
-        for owner, segments in enumerate(self._owned()):
-            said = self._said(list(values.values()), self.untold[owner], segments)
-            for s, part in zip(segments, said, strict=True):
-                told[s.item].view(-1)[s.start : s.stop] = part
-        return {p.name: part for p, part in zip(self.plans, told, strict=True)}
-
-    def _said(self, values: list[Tensor], kept_back: list[Tensor], segments: list[Segment]) -> list[Tensor]:
-        """What one message says of these segments; what it does not say is kept back."""
-        parts = [(values[s.item] + kept_back[s.item]).reshape(-1)[s.start : s.stop] for s in segments]
-        message = torch.cat([*parts, values[0].new_empty(0)])
-        numel = len(message)
-        decoded = self._codec.decode(self._codec.encode_(message), numel, like=message)
-        for s, error in zip(segments, message.split([s.numel for s in segments]), strict=True):
-            kept_back[s.item].view(-1)[s.start : s.stop] = error
-        return list(decoded.split([s.numel for s in segments]))
-
-    def _owned(self) -> list[list[Segment]]:
-        whole = [p.low_rank and self.owners for p in self.plans]
-        return owned_segments([[p.numel] for p in self.plans], whole, self.M, self._codec.block)
-
-    def _nothing_unsent(self) -> list[list[Tensor]]:
-        return [[self.anchor[p.name].new_zeros(p.shape) for p in self.plans] for _ in range(self.M)]
+                self.state[m][p.name] = adopted(self.state[finite[0]][p.name])
+        if plan.fragment is None:
+            self.wire.forget([m for m in range(self.M) if m not in finite])
+        return finite
 
     def _outer(self, p: ParameterPlan, plan: SyncPlan, D: Tensor, Q: Tensor | None) -> Tensor:
         outer, mu = self.config.outer, self.config.outer.momentum

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lordo_ds.config import LordoConfig
 
@@ -12,9 +12,13 @@ FIRST_STEPS = 8
 
 @dataclass(frozen=True)
 class SyncPlan:
-    """What the sync at the end of one attempted step does."""
+    """What the sync at the end of one attempted step does.
+
+    `fragment` is the one fragment of the model that syncs (`streaming`), None for all of it.
+    """
 
     due: bool
+    fragment: int | None = None
     plain_average: bool = False
     refresh_basis: bool = False
     average_exp_avg: bool = False
@@ -29,13 +33,27 @@ def sync_plan(config: LordoConfig, step: int) -> SyncPlan:
     """The sync at the end of attempted step `step` (counted from 1).
 
     The first `sync_warmup_steps` steps average weights and moments every time, by plain averaging; the
-    basis is refreshed only at multiples of `sync_interval`. After them, multiples of `sync_interval` are due.
+    basis is refreshed only at multiples of `sync_interval`. After them, multiples of `sync_interval` are due; with
+    streaming each fragment of the model at its own step before one, the last fragment at it.
     """
     warming_up = step <= config.sync_warmup_steps
+    if config.streaming.is_on and not warming_up:
+        fragment = fragment_due(config, step)
+        if fragment is None:
+            return SyncPlan(due=False)
+        round_end = -(-step // config.sync_interval) * config.sync_interval
+        return replace(_plan(config, round_end, warming_up=False, on_interval=True), fragment=fragment)
     on_interval = step % config.sync_interval == 0
     if not (warming_up or on_interval):
         return SyncPlan(due=False)
     return _plan(config, step, warming_up, on_interval)
+
+
+def fragment_due(config: LordoConfig, step: int) -> int | None:
+    """Which fragment syncs at the end of attempted step `step`: their steps lie evenly in every `sync_interval`."""
+    fragments, place = config.streaming.fragments, step % config.sync_interval or config.sync_interval
+    due = [(f + 1) * config.sync_interval // fragments for f in range(fragments)]
+    return due.index(place) if place in due else None
 
 
 class Schedule:
@@ -89,4 +107,7 @@ def steps_until_sync(config: LordoConfig, step: int) -> int:
     """Attempted steps from `step` (already done) to the end of the next one that is due, >= 1."""
     if step < config.sync_warmup_steps:
         return 1
+    if config.streaming.is_on:
+        ahead = range(1, config.sync_interval + 1)
+        return next(n for n in ahead if fragment_due(config, step + n) is not None)
     return config.sync_interval - step % config.sync_interval

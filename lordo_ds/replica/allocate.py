@@ -15,6 +15,7 @@ from lordo_ds.config import LordoConfig
 from lordo_ds.core.fragments import FlatTensor
 from lordo_ds.core.grouping import ParameterFacts, ParameterPlan, plan_parameters
 from lordo_ds.core.local import local_part
+from lordo_ds.core.model_fragments import model_fragments
 from lordo_ds.core.steppable import refuse_unsteppable
 from lordo_ds.errors import ConfigError
 from lordo_ds.replica.copies import TiedWeight
@@ -82,6 +83,22 @@ def allocate(
     _tell_of_clipped(config, plans)
     _require_alike(fragments, inside)
     return Held(facts, plans, fragments, of_tensor, frozenset(stages))
+
+
+def fragment_of_each(config: LordoConfig, held: Held, inside: InsideReplica) -> dict[str, int]:
+    """Which fragment of the model each parameter is in, by name; none without `streaming`. Collective over the replica.
+
+    Equal on all ranks, at any number of stages, shards and slices. The ranks of a replica are in the order of its
+    stages, so that the first of them that holds a parameter says where it lies in the model.
+
+    Raises:
+        ConfigError: more fragments than layers. On all ranks.
+    """
+    if not config.streaming.is_on:
+        return {}
+    pairs = sorted(zip(held.facts, held.plans, strict=True), key=lambda pair: pair[0].position)
+    mine = [(plan.name, plan.numel * plan.partitions) for _, plan in pairs]
+    return model_fragments(config, inside.of_every_rank(mine))
 
 
 def _tell_of_clipped(config: LordoConfig, plans: Sequence[ParameterPlan]) -> None:

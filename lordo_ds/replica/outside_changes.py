@@ -48,6 +48,8 @@ class OutsideChanges:
         self._tokens: list[object] = []
         self._checked = self._changed_before = False
         self._late: Tensor | None = None
+        # Called with the parameters that were loaded, before their anchors change: a sync may be working with them.
+        self.before_load: Callable[[Sequence[Fragment]], None] = lambda items: None
         # Of what was loaded since the last sync: digests of what a rank has whole and of all it has, and a name.
         self._whole, self._all, self.first_loaded = 0, 0, ""
 
@@ -128,6 +130,8 @@ class OutsideChanges:
             self._adopt_copy_(i, whole=load and not equal)
         # What is not finite nobody loads: the next sync leaves this replica out, and needs the anchor.
         new = [i for i in sorted(sizes) if load and all_finite([self.items[i].weight])]
+        if new:
+            self.before_load([self.items[i] for i in new])
         for i in new:
             state = self.items[i].state
             if "anchor" in state:
@@ -167,33 +171,16 @@ class OutsideChanges:
         total, apart, late = self.inside.everyone.sum_(sums, "flags").tolist()
         return [total, 2 if late else int(apart > 0)]
 
-    def check_header(self, fields: Tensor, taking_part: Sequence[bool], step: int) -> None:
-        """Refuse weights that not all replicas were given. Of those that take no part nobody learns anything.
-
-        Args:
-            fields: (replicas, 2), everybody's `header_fields`.
-
-        Raises:
-            SyncError: on all ranks, before any weight has travelled.
-        """
-        chosen = fields[torch.tensor(list(taking_part), dtype=torch.bool)]
-        which = f" (here {self.first_loaded})" if self.first_loaded else ""
-        if bool((chosen[:, 1] == 2).any()):
-            raise SyncError(
-                f"LoRDO: weights were changed outside a step before step {step} through .data, which leaves no trace "
-                "on an accelerator: write to the parameter itself under torch.no_grad()"
-            )
-        if bool(chosen[:, 1].any()) or bool((chosen[:, 0] != chosen[:1, 0]).any()):
-            replicas = [m for m, taken in enumerate(taking_part) if taken and int(fields[m, 0])]
-            raise SyncError(
-                f"LoRDO: weights were changed outside a step since the last sync on replicas {replicas}{which}, and "
-                f"not alike on all ranks, found at step {step}: load the same weights on every rank, before the first "
-                "step or right after a sync, or use load_checkpoint"
-            )
-        self._start_anew()
-
-    def _start_anew(self) -> None:
+    def start_anew(self) -> None:
+        """The replicas were found to be given the same."""
         self._whole, self._all, self.first_loaded, self._late = 0, 0, "", None
+
+    def unchanged(self) -> bool:
+        """Whether the weights are those that the last step left. Nothing is communicated."""
+        if self._kept is None:
+            return True
+        stepped, copies = self._samples()
+        return not stepped.changes(self._kept[0]) and not copies.changes(self._kept[1])
 
     # -- what is looked at ---------------------------------------------------------------------------
 
@@ -209,3 +196,29 @@ class OutsideChanges:
 def _digest(before: int, index: int, *samples: Tensor) -> int:
     """Never 0, which says that nothing was changed."""
     return (before * 1_000_003 + (index + 1) * 7_919 + checksum(samples)) % (1 << _DIGEST_BITS) or 1
+
+
+def check_loads(fields: Tensor, taking_part: Sequence[bool], step: int, first_loaded: str) -> None:
+    """Refuse weights that not all replicas were given. Of those that take no part nobody learns anything.
+
+    Args:
+        fields: (replicas, 2), everybody's `OutsideChanges.header_fields`.
+        first_loaded: a parameter that this replica was given.
+
+    Raises:
+        SyncError: on all ranks, before any weight has travelled.
+    """
+    chosen = fields[torch.tensor(list(taking_part), dtype=torch.bool)]
+    which = f" (here {first_loaded})" if first_loaded else ""
+    if bool((chosen[:, 1] == 2).any()):
+        raise SyncError(
+            f"LoRDO: weights were changed outside a step before step {step} through .data, which leaves no trace "
+            "on an accelerator: write to the parameter itself under torch.no_grad()"
+        )
+    if bool(chosen[:, 1].any()) or bool((chosen[:, 0] != chosen[:1, 0]).any()):
+        replicas = [m for m, taken in enumerate(taking_part) if taken and int(fields[m, 0])]
+        raise SyncError(
+            f"LoRDO: weights were changed outside a step since the last sync on replicas {replicas}{which}, and "
+            f"not alike on all ranks, found at step {step}: load the same weights on every rank, before the first "
+            "step or right after a sync, or use load_checkpoint"
+        )

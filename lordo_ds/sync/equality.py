@@ -29,7 +29,8 @@ class Equality:
 
     def of_bases(self) -> int:
         """A checksum of the bases that replicas share."""
-        return checksum([] if self.bases.each_replica_its_own else [item.basis for item in self.bases.items])
+        own = self.bases.each_replica_its_own
+        return checksum(item.basis for item in self.items if item.plan.low_rank and not own)
 
     def require_bases(self, headers: Sequence[Header], wire: ReplicaWire, step: int) -> None:
         if len({one.basis_checksum for one in headers}) > 1:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.wire import ReplicaWire
@@ -45,10 +46,8 @@ class Faults:
     this replica is left out of the next sync, whatever its state.
     """
 
-    def __init__(
-        self, config: LordoConfig, items: Sequence[Fragment], wire: ReplicaWire, inside: InsideReplica
-    ) -> None:
-        self.config, self.items, self.wire, self.inside = config, list(items), wire, inside
+    def __init__(self, config: LordoConfig, items: Sequence[Fragment], wire: ReplicaWire) -> None:
+        self.config, self.items, self.wire = config, list(items), wire
         self.members = Members()
         self.doubtful = False
         self.count_anew()
@@ -90,19 +89,23 @@ class Faults:
         """Whether replicas are held against each other."""
         return self.wire.replicas > 1 and self.config.max_outlier != "never"
 
-    def condition(self, groups: int) -> Condition:
-        """Of this replica, for the sync that begins. Collective inside the replica.
+    def own_condition(self, groups: int) -> RankCondition:
+        """Of this rank, for the sync that begins.
 
         Args:
             groups: this rank's digest of its parameter groups.
         """
         own = sizes_of(self.items, self.judges)
         bad, self.doubtful = self.doubtful or not all(map(math.isfinite, own)), False
-        mine = RankCondition(bad, groups, tuple(own))
-        ranks, _ = mine.exchange(self.inside.everyone, self.inside, "flags")
-        sizes = of_whole_replica(torch.tensor([rank.sizes for rank in ranks], dtype=torch.float64))
         if not all(map(math.isfinite, own)):
             logger.warning("LoRDO: %s of replica %d is not finite", self._broken(), self.wire.index)
+        return RankCondition(bad, groups, tuple(own))
+
+    @staticmethod
+    def condition(mine: RankCondition, inside: InsideReplica) -> Condition:
+        """Of this replica, from those of its ranks. Collective inside it."""
+        ranks, _ = mine.exchange(inside.everyone, inside, "flags")
+        sizes = of_whole_replica(torch.tensor([rank.sizes for rank in ranks], dtype=torch.float64))
         return Condition(not any(rank.bad for rank in ranks), tuple(sizes), sum(rank.groups for rank in ranks))
 
     def _broken(self) -> str:
@@ -167,38 +170,61 @@ class Faults:
 
     # -- what becomes of them ------------------------------------------------------------------------
 
-    def reseed_(self, participants: list[int], report: SyncReport) -> None:
-        """Give the replicas that were left out the basis and moments of the first participant.
+    def say_left_out(self, participants: list[int], report: SyncReport) -> None:
+        left_out = [m for m in range(self.wire.replicas) if m not in participants]
+        if left_out:
+            why = "far from the others" if set(left_out) <= set(report.outliers) else self.members.why_left_out
+            logger.warning(
+                "LoRDO: replicas %s were %s at step %d: left out of this sync and reseeded", left_out, why, report.step
+            )
+
+    def reseed_(
+        self, items: Sequence[Fragment], participants: list[int], wire: ReplicaWire, inside: InsideReplica
+    ) -> None:
+        """Give the replicas that were left out the basis and moments of the first participant, after their sync.
 
         Their weights are those of all replicas already, unless it is their anchors that are wrong: then weights,
         anchors and outer momentum come from there too. Collective across replicas.
         """
-        left_out = [m for m in range(self.wire.replicas) if m not in participants]
-        if not left_out:
+        if len(participants) == wire.replicas:
             return
-        why = "far from the others" if set(left_out) <= set(report.outliers) else self.members.why_left_out
-        logger.warning(
-            "LoRDO: replicas %s were %s at step %d: left out of this sync and reseeded", left_out, why, report.step
-        )
-        takes_part = self.wire.index in participants
-        for item in self.items:
-            tensors = [tensor for _, tensor, _ in item.moments()]
-            tensors += [item.state["basis"]] if item.plan.low_rank else []
+        takes_part = wire.index in participants
+        for item in items:
+            tensors = _moments_and_basis(item)
             if self._rebuilt:
                 tensors += [item.weight, *(item.state[n] for n in ("outer_momentum",) if n in item.state)]
             for tensor in tensors:
-                received = tensor if not takes_part else tensor.clone()
-                self.wire.broadcast_(received, "reseed", participants[0])
+                wire.broadcast_(tensor if not takes_part else tensor.clone(), "reseed", participants[0])
             if self._rebuilt and not takes_part and "anchor" in item.state:
                 item.state["anchor"].copy_(item.weight)
-            if not takes_part and item.plan.low_rank:
-                any_basis = self.inside.shard.max_(item.basis.new_tensor([float(item.basis.any())]), "flags")
-                item.state["has_basis"] = bool(any_basis[0])
             if not takes_part:
-                item.forget_errors_()
+                _adopted_(item, inside)
 
-    def return_to_anchor_(self, report: SyncReport, finite: int, in_a_row: int) -> None:
-        """Too few replicas are finite: all go back to the anchor with fresh moments, or the run stops.
+    def reseed_between_syncs_(
+        self, items: Sequence[Fragment], participants: list[int], wire: ReplicaWire, inside: InsideReplica
+    ) -> None:
+        """The same for parameters that did not sync now: of the others at their anchors, of the first participant else.
+
+        Collective across replicas.
+        """
+        if len(participants) == wire.replicas:
+            return
+        takes_part = wire.index in participants
+        steps = inside.vector([item.step for item in items])
+        wire.broadcast_(steps, "reseed", participants[0])
+        for item, step in zip(items, steps.tolist(), strict=True):
+            tensors = _moments_and_basis(item)
+            if self._rebuilt:
+                tensors += [item.state[name] for name in ("anchor", "outer_momentum") if name in item.state]
+            for tensor in tensors:
+                wire.broadcast_(tensor if not takes_part else tensor.clone(), "reseed", participants[0])
+            if not takes_part:
+                item.weight.copy_(item.state["anchor"])
+                item.state["step"] = step
+                _adopted_(item, inside)
+
+    def refuse_too_few(self, report: SyncReport, finite: int, in_a_row: int) -> None:
+        """Too few replicas are finite: all must go back to the anchor, or the run stops.
 
         Args:
             finite: how many replicas are.
@@ -221,9 +247,26 @@ class Faults:
                 f"LoRDO: {who} {'were' if finite > 1 else 'was'} {state} at {in_a_row} syncs in a row{rule}, the last "
                 f"at step {report.step}: lower the learning rate, or resume from a checkpoint before it"
             )
-        for item in self.items:
-            item.weight.copy_(item.state["anchor"])
-            for _, tensor, _ in item.moments():
-                tensor.zero_()
-            item.forget_errors_()
-            item.state["step"] = 0
+
+
+def return_to_anchor_(items: Sequence[Fragment]) -> None:
+    """With fresh moments in the old basis."""
+    for item in items:
+        item.weight.copy_(item.state["anchor"])
+        for _, tensor, _ in item.moments():
+            tensor.zero_()
+        item.forget_errors_()
+        item.state["step"] = 0
+
+
+def _moments_and_basis(item: Fragment) -> list[Tensor]:
+    moments = [tensor for _, tensor, _ in item.moments()]
+    return moments + ([item.state["basis"]] if item.plan.low_rank else [])
+
+
+def _adopted_(item: Fragment, inside: InsideReplica) -> None:
+    """The basis and the moments are another replica's."""
+    if item.plan.low_rank:
+        any_basis = inside.shard.max_(item.basis.new_tensor([float(item.basis.any())]), "flags")
+        item.state["has_basis"] = bool(any_basis[0])
+    item.forget_errors_()

@@ -28,8 +28,8 @@ _KEYS = ("lr", "beta1", "beta2", "eps", "weight_decay")
 class GroupValues:
     """The parameter groups of one rank's parameters, in their order."""
 
-    def __init__(self, items: Sequence[Fragment], inside: InsideReplica) -> None:
-        self.inside = inside
+    def __init__(self, items: Sequence[Fragment]) -> None:
+        self._told_values: list[float] = []
         self._groups = list({id(item.group): (item.plan.name, item.group) for item in reversed(items)}.values())[::-1]
         self._skips_seen = False
         self._told = False
@@ -43,10 +43,13 @@ class GroupValues:
         return found
 
     def digest(self) -> int:
-        values = self._values()
+        """Of the values now, which a comparison then is of."""
+        values = self._told_values = self._values()
         return zlib.crc32(struct.pack(f"{len(values)}d", *values))
 
-    def compare(self, wire: ReplicaWire, headers: Sequence[Header], finite: Sequence[bool], step: int) -> None:
+    def compare(
+        self, wire: ReplicaWire, inside: InsideReplica, headers: Sequence[Header], finite: Sequence[bool], step: int
+    ) -> None:
         """Refuse to average replicas with other values at the same executed step. Collective where digests differ.
 
         Raises:
@@ -61,7 +64,7 @@ class GroupValues:
         if all(len(digests) == 1 for digests in alike.values()):
             return
         compared = [steps if ok else None for steps, ok in zip(made, finite, strict=True)]
-        words = self._difference(wire, compared)
+        words = self._difference(wire, inside, compared)
         # Replicas that skipped steps, or came later, may have a schedule that nobody moved on: no reason to end.
         if self._skips_seen or not wire.steps_alike:
             if not self._told:
@@ -73,11 +76,10 @@ class GroupValues:
             "alike"
         )
 
-    def _difference(self, wire: ReplicaWire, compared: Sequence[tuple[int, bool] | None]) -> str:
+    def _difference(self, wire: ReplicaWire, inside: InsideReplica, compared: Sequence[tuple[int, bool] | None]) -> str:
         """The first difference in words, the same on all ranks of all replicas; this rank may have none."""
-        table = (
-            wire.gather(self.inside.vector(bits_of(self._values())), "header").cpu().contiguous().view(torch.float64)
-        )
+        told = wire.gather(inside.vector(bits_of(self._told_values)), "header")
+        table = told.cpu().contiguous().view(torch.float64)
         found: list[str] = []
         for column in range(table.shape[1]):
             for made in dict.fromkeys(filter(None, compared)):
@@ -89,5 +91,5 @@ class GroupValues:
                     name, _ = self._groups[column // len(_KEYS)]
                     values_of = ", ".join(f"{value:g} on replicas {where}" for value, where in by_value.items())
                     found.append(f"{_KEYS[column % len(_KEYS)]} of the parameter group of {name} is {values_of}")
-        everywhere = self.inside.of_every_rank(found)
+        everywhere = inside.of_every_rank(found)
         return everywhere[0] if everywhere else "the parameter groups differ"

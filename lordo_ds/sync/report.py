@@ -17,8 +17,10 @@ from lordo_ds.errors import SyncError
 class SyncReport:
     """What one sync did, as a user would ask; energies and drift are averages over replicas.
 
-    `seconds` are from its begin to its end on this rank, `seconds_blocked` those of them in what crosses replicas.
-    `outliers` are the replicas that were finite, but far from the others, and how far.
+    `step` is where it began, `fragment` the fragment of the model that it was of, None for all of it. `seconds` are
+    from its begin to its end on this rank; for `seconds_blocked` of them training waited, for what crosses replicas or,
+    where the sync ran beside training, for its end. `outliers` are the replicas that were finite, but far from the
+    others, and how far.
     """
 
     step: int
@@ -33,6 +35,7 @@ class SyncReport:
     returned_to_anchor: bool = False
     outliers: dict[int, str] = field(default_factory=dict)
     basis_notes: dict[str, str] = field(default_factory=dict)
+    fragment: int | None = None
 
 
 class RowAverager:
@@ -79,6 +82,17 @@ class RowAverager:
         wire.sum_(table, "rows")
         self._averaged += (table[:, :-1] / table[:, -1:]).tolist()
         self.pending = []
+
+    def depart(self) -> RowAverager:
+        """The pending rows, to be averaged apart from those that come; see `take_in`."""
+        departed = RowAverager()
+        departed.pending, self.pending = self.pending, []
+        return departed
+
+    def take_in(self, departed: RowAverager) -> None:
+        """What has become of rows that departed: those averaged go before later ones."""
+        self._averaged += departed.take()
+        self.pending = departed.pending + self.pending
 
     def mark(self) -> tuple[list[list[float]], int]:
         """What `return_to` needs to undo what comes after."""

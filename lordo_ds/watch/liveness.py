@@ -17,16 +17,18 @@ LEFT = "left"  # `Report.ended` of a rank that closed its optimizer, or came to 
 DEAF = "deaf"  # of one whose watchdog failed: its run goes on, but it tells and hears nothing more
 
 # `Report.block`: among the collectives of all ranks, and of which.
-START, END, SAVE, LOAD = "start", "end", "save", "load"
+START, END, FLIGHT, SAVE, LOAD = "start", "end", "flight", "save", "load"
 _IN_BLOCK = {
     START: "at the start",
     END: "at the end of step {}",
+    FLIGHT: "for the sync in flight at the end of step {}",
     SAVE: "in the save after step {}",
     LOAD: "in the load after step {}",
 }
 _MUST_COME = {
     START: "all ranks must create and attach the optimizer",
     END: "all replicas need equally many batches, or all must call finish() (final_sync()) after the last",
+    FLIGHT: "all replicas need equally many batches, or all must call finish() (final_sync()) after the last",
     SAVE: "all ranks must save together",
     LOAD: "all ranks must load together",
 }
@@ -37,9 +39,10 @@ class Report:
     """One heartbeat of one rank.
 
     `beat` changes from one to the next. `step` is the last attempted step, `synced` the last that ended in a sync.
-    `block` names the collectives of all ranks that it is among, "" elsewhere. `place` is where its main thread is,
-    `waits` whether that is in a collective of the engine's or of ours. `replica` is the first rank of its replica,
-    `begun` how many collectives it has begun in each group inside. `ended` says why no more beats will come.
+    `block` names the collectives of all ranks that it is among, "" elsewhere. `place` is where its main thread is, or
+    the thread that this one waits for with a sync in flight; `waits` whether that is in a collective of the engine's or
+    of ours. `replica` is the first rank of its replica, `begun` how many collectives it has begun in each group inside.
+    `ended` says why no more beats will come.
     """
 
     beat: int = 0
@@ -62,6 +65,8 @@ class Report:
         """Whether it cannot go on before the other does, if neither has moved for long."""
         if self.block in (START, LOAD):  # a load brings the steps that it was saved with
             return other.block != self.block
+        if self.block == other.block == FLIGHT and self.step == other.step:
+            return self.waits and not other.waits
         if self.block:
             return other.step < self.step or (other.step == self.step and other.block != self.block)
         if self.replica != other.replica:
@@ -227,7 +232,7 @@ def _may_need(me: Report, peer: Peer) -> bool:
 def _is_missed(me: Report, peer: Peer) -> bool:
     """Whether a rank that left must have come to where this one is; after the same step it may have come and gone."""
     assert peer.report is not None
-    if me.block == END:
+    if me.block in (END, FLIGHT):
         return peer.report.step < me.step
     return bool(me.block) or _may_need(me, peer)
 

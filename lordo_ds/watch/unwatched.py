@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from lordo_ds.watch.followed import Followed, FollowedReplica
@@ -14,7 +14,7 @@ class Unwatched:
 
     stopped = True
 
-    def follow(self, wire: Followed, inside: FollowedReplica) -> None:
+    def follow(self, wire: Followed, inside: FollowedReplica, beside: Sequence[Followed] = ()) -> None:
         pass
 
     @contextmanager
@@ -27,6 +27,10 @@ class Unwatched:
 
     @contextmanager
     def during(self, block: str) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def in_flight(self, thread: int | None) -> Iterator[None]:
         yield
 
     def synced(self, step: int) -> None:

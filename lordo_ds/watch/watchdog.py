@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.util import Finalize
 
@@ -25,6 +25,7 @@ from lordo_ds.watch.heartbeat import Heartbeat
 from lordo_ds.watch.last_words import flush, say, say_unwatched
 from lordo_ds.watch.liveness import (
     END,
+    FLIGHT,
     LEFT,
     START,
     Finding,
@@ -90,12 +91,12 @@ class Watchdog(Unwatched):
 
     # -- what the main thread says -------------------------------------------------------------------
 
-    def follow(self, wire: Followed, inside: FollowedReplica) -> None:
-        """The groups that the ranks wait for each other in."""
-        comms = [wire, inside.shard, inside.tensor, inside.everyone, inside.rows]
+    def follow(self, wire: Followed, inside: FollowedReplica, beside: Sequence[Followed] = ()) -> None:
+        """The groups that the ranks wait for each other in, and those for what goes on beside training."""
+        comms = [wire, inside.shard, inside.tensor, inside.everyone, inside.rows, *beside]
         self._limits = limits_of_groups(self._timeout_s, [comm.group for comm in comms])
         self._ledgers = [comm.ledger for comm in comms]
-        inner = [comm.group for comm in comms[1:] if comm.group is not None]
+        inner = [comm.group for comm in comms[1:5] if comm.group is not None]
         replica = min([dist.get_rank(), *(rank for group in inner for rank in dist.get_process_group_ranks(group))])
         names = same_ranks([inside.shard.group, inside.rows.group, inside.tensor.group])
         self._heartbeat.follow(replica, names, self._limits.step_s)
@@ -135,6 +136,16 @@ class Watchdog(Unwatched):
             raise
         finally:
             self._heartbeat.tell(block=before)
+
+    @contextmanager
+    def in_flight(self, thread: int | None) -> Iterator[None]:
+        """The block waits for a thread of this process, among collectives that all ranks have begun beside training."""
+        with self.during(FLIGHT):
+            self._heartbeat.main_thread = thread or self._heartbeat.main_thread
+            try:
+                yield
+            finally:
+                self._heartbeat.follow_this_thread()
 
     def synced(self, step: int) -> None:
         """This step ended in a sync."""

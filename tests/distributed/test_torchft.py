@@ -379,12 +379,12 @@ def test_a_replica_that_was_started_differently_does_not_join_and_the_others_go_
 
 
 def test_an_error_that_no_replica_is_to_blame_for_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lordo_ds.sync import outer_sync as sync
+    from lordo_ds.sync import part
 
     def fails(*_: Any) -> None:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(sync.OuterSync, "_sync_participants", fails)
+    monkeypatch.setattr(part.PartSync, "_average_", fails)
     world = World({0, 1})
     with pytest.raises(RuntimeError, match="did not converge"):
         in_threads(world, {m: start(world, m) for m in range(2)})
@@ -393,6 +393,9 @@ def test_an_error_that_no_replica_is_to_blame_for_ends_the_job(monkeypatch: pyte
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="give a LoRDO engine or optimizer"):
         join_replicas(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))]), None, None)  # type: ignore[arg-type]
+    streaming = LoRDO([torch.nn.Parameter(torch.zeros(2, 2))], streaming={"delay_steps": 1})
+    with pytest.raises(ValueError, match="leave streaming out, or torchft off"):
+        join_replicas(streaming, None, None)  # type: ignore[arg-type]
     message = run_ranks(_refused_with_two_ranks, 2)[0]
     assert "this job has 2: start every replica with one process" in message
 

@@ -40,7 +40,9 @@ Layout = tuple[int, int, int, int]
 """Tensor-parallel size, pipeline stages, shards, ZeRO stage."""
 
 
-def train(tensor: int, pipe: int, shards: int, stage: int, model: str) -> dict[str, Any]:
+def train(
+    tensor: int, pipe: int, shards: int, stage: int, model: str, streaming: dict[str, int] | None = None
+) -> dict[str, Any]:
     """What this rank saw: weights by name after every step (whole), gradient norms, reports, bytes."""
     import deepspeed
 
@@ -51,7 +53,10 @@ def train(tensor: int, pipe: int, shards: int, stage: int, model: str) -> dict[s
         "gradient_accumulation_steps": MICRO_BATCHES // shards,
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "optimizer": {"type": "LoRDO", "params": {**LORDO, "replica_size": shards, "outer": OWNERS}},
+        "optimizer": {
+            "type": "LoRDO",
+            "params": {**LORDO, "replica_size": shards, "outer": OWNERS, "streaming": streaming or {}},
+        },
         "steps_per_print": 10**9,
     }
     module, mpu = build_module(MODELS[model], torch.float32, pipe)
@@ -66,8 +71,8 @@ def train(tensor: int, pipe: int, shards: int, stage: int, model: str) -> dict[s
         sent = hook.bytes_sent
         with CollectiveCounter() as counter:
             _step(engine, batches)
-        crossing = counter.crossing(replica_of)
-        _check_traffic(hook, step + 1, hook.bytes_sent - sent, crossing)
+        if not streaming:  # which sends beside the steps
+            _check_traffic(hook, step + 1, hook.bytes_sent - sent, counter.crossing(replica_of))
         found["norms"].append(float(engine.get_global_grad_norm() or 0.0))
         found["weights"].append(_whole_weights(engine, module, pipe))
     _check_equal_inside(hook)
@@ -139,16 +144,18 @@ def _check_equal_inside(hook: Any) -> None:
 
 
 @once
-def trained(replicas: int, *layouts: Layout) -> Found[tuple[str, Layout]]:
-    """Layouts of one size in one launch, both models."""
-    cases = {(model, layout): (*layout, model) for layout in layouts for model in MODELS}
+def trained(replicas: int, *layouts: Layout, delay: int | None = None) -> Found[tuple[str, Layout]]:
+    """Layouts of one size in one launch, both models; with a delay, in two fragments of the model."""
+    streaming = None if delay is None else {"fragments": 2, "delay_steps": delay}
+    cases = {(model, layout): (*layout, model, streaming) for layout in layouts for model in MODELS}
     tensor, pipe, shards, _ = layouts[0]
     return run_cases(train, tensor * pipe * shards * replicas, cases, timeout_s=240)
 
 
-def compare(replicas: int, layouts: list[Layout], model: str) -> None:
+def compare(replicas: int, layouts: list[Layout], model: str, delay: int | None = None) -> None:
     """With the runs without model parallelism, one rank per replica."""
-    found, expected = trained(replicas, *layouts), trained(replicas, (1, 1, 1, 0))[model, (1, 1, 1, 0)]
+    alone: Layout = (1, 1, 1, 0)
+    found, expected = trained(replicas, *layouts, delay=delay), trained(replicas, alone, delay=delay)[model, alone]
     for layout in layouts:
         _compare(found[model, layout], expected, replicas, layout, model)
 
@@ -226,6 +233,13 @@ def test_every_layout_follows_the_run_without_model_parallelism(
     replicas: int, layouts: list[Layout], model: str
 ) -> None:
     compare(replicas, layouts, model)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layouts", [[(2, 1, 1, 0)], [(1, 2, 1, stage) for stage in (0, 1)]], ids=_name)
+def test_fragments_of_the_model_are_the_same_in_every_layout(layouts: list[Layout], model: str) -> None:
+    """They are cut from the whole model, whichever stages and slices it lies on, and land there alike."""
+    compare(2, layouts, model, delay=1)
 
 
 @pytest.mark.slow

@@ -229,10 +229,26 @@ def test_an_unknown_key_is_answered_in_one_line_with_the_key_that_was_meant(
     assert f'did you mean "{meant}"?' in message and "\n" not in message
 
 
-def test_what_is_not_available_yet_is_refused_by_name() -> None:
-    assert "streaming is not available" in complaint({"streaming": {"fragments": 2}})
-    assert "streaming is not available" in complaint({"streaming": {"delay_steps": 1}})
-    LordoConfig.parse({"streaming": {"fragments": 1, "delay_steps": 0}})
+@pytest.mark.parametrize(
+    ("fragments", "delay", "told"),
+    [
+        (9, 0, "streaming.fragments = 9 must be at most sync_interval = 8"),
+        (4, 2, "streaming.delay_steps = 2 must be less than sync_interval / fragments, 8/4"),
+        (3, 3, "(nearest: 2)"),
+        (1, 8, "(nearest: 7)"),
+    ],
+)
+def test_a_fragment_has_a_step_of_its_own_and_lands_before_the_next_one(fragments: int, delay: int, told: str) -> None:
+    params = {"sync_interval": 8, "streaming": {"fragments": fragments, "delay_steps": delay}}
+    assert told in complaint(params)
+    params["streaming"] = {"fragments": min(8, fragments), "delay_steps": 7 // fragments}
+    assert LordoConfig.parse(params).streaming.is_on
+
+
+def test_streaming_keeps_no_gradient_to_refresh_a_basis_from() -> None:
+    message = complaint({"streaming": {"fragments": 2}, "basis_source": "gradient"})
+    assert 'basis_source = "gradient" needs the gradient of the step' in message
+    LordoConfig.parse({"streaming": {"fragments": 1, "delay_steps": 0}, "basis_source": "gradient"})
 
 
 # -- defaults, presets, forms --------------------------------------------------------------------------

@@ -32,9 +32,10 @@ ROOMS = {
     "alone": ("errors", "watch", "config", "core", "comm", "replica", "sync", "start_table", "ranks"),
     "adapters.fsdp2": ("errors", "config", "checkpoint", "core", "comm", "replica", "ranks"),
     "saved_state": ("errors", "watch", "config", "core", "checkpoint", "comm", "replica", "sync", "ranks"),
+    "crossings": ("watch", "config", "core", "replica", "sync"),
     "optimizer": (
         "errors", "watch", "config", "core", "checkpoint", "comm", "replica", "sync", "start_table", "ranks", "alone",
-        "adapters.fsdp2", "saved_state",
+        "adapters.fsdp2", "saved_state", "crossings",
     ),
     "handle": ("comm", "start_table", "optimizer"),
     "status": ("comm", "costs", "sync", "start_table", "alone", "optimizer", "handle"),

@@ -13,6 +13,7 @@ from lordo_ds.watch import process
 from lordo_ds.watch.liveness import (
     DEAF,
     END,
+    FLIGHT,
     LEFT,
     SAVE,
     START,
@@ -150,6 +151,17 @@ def test_a_rank_that_left_in_order_is_blamed_only_by_those_who_wait_for_it() -> 
     assert not judged(same, 3.0, gone), "it may have done its part of what ends that step"
     assert "must call finish()" in judged(same, 11.0, gone)
     assert "all ranks must save together" in judged(Report(step=6, block=SAVE), 3.0, gone)
+
+
+def test_of_ranks_that_wait_for_a_sync_in_flight_the_one_that_is_in_no_collective_is_to_blame() -> None:
+    me = Report(step=7, block=FLIGHT, waits=True)
+    hung = peer(1, step=7, block=FLIGHT, place="a.py:3 (f)")
+    waits = peer(2, step=7, block=FLIGHT, waits=True)
+    reason = judged(me, 11.0, hung, waits)
+    assert reason.startswith("waited 11 s for the sync in flight at the end of step 7: rank 1 is past step 7")
+    assert "a.py:3 (f)" in reason and "rank 2" not in reason
+    assert "rank 1 is past step 6" in judged(me, 11.0, peer(1, step=6), waits), "it has not come there yet"
+    assert "all ranks have waited" in judged(me, 11.0, waits)
 
 
 def test_a_broken_connection_is_the_fault_of_who_was_killed_or_else_of_who_left() -> None:

@@ -621,3 +621,63 @@ def test_the_two_moments_are_averaged_at_intervals_of_their_own(interval: Any, a
     steps.step(gradients(None, None))
     for key, due in (("u", averaged[0]), ("v", averaged[1]), ("row", averaged[1]), ("col", averaged[1])):
         assert torch.allclose(steps.state[0]["w"][key], steps.state[1]["w"][key]) == due, key
+
+
+# -- streaming: what a sync of a fragment made lands some steps later ------------------------------------
+
+
+def test_a_late_sync_adds_what_the_replica_has_done_since_it_began() -> None:
+    """K = 3, d = 2, dense: weights 1 and 3 at the sync become their mean 2, and each keeps its own two steps."""
+    settings: dict[str, Any] = {"low_rank": {"exclude": [".*"]}, "streaming": {"delay_steps": 2}}
+    run = reference([zeros((1, 1)), zeros((1, 1))], **settings)
+    for _ in range(3):
+        run.step(gradients(zeros((1, 1)), zeros((1, 1))))
+        if run.n == 2:
+            moved_to(run, [tensor([[1.0]]), tensor([[3.0]])])
+    assert [float(weights["w"]) for weights in run.weights] == [1, 3] and float(run.anchor["w"]) == 2
+    run.step(gradients(zeros((1, 1)), zeros((1, 1))))
+    moved_to(run, [tensor([[1.5]]), tensor([[2.0]])])
+    run.step(gradients(zeros((1, 1)), zeros((1, 1))))
+    # 2 + (1.5 - 1) and 2 + (2 - 3)
+    assert [float(weights["w"]) for weights in run.weights] == [2.5, 1.0]
+
+
+def test_moments_that_land_late_are_those_of_a_sync_that_was_there_at_once() -> None:
+    """Given gradients that do not depend on the weights: b^k of the average, and what the k steps added."""
+    settings: dict[str, Any] = {"low_rank": {"exclude": [".*"]}, "average_dense_moments": True}
+    draw = torch.Generator().manual_seed(3)
+    given = [torch.randn(2, 2, 3, generator=draw, dtype=torch.float64) for _ in range(5)]
+    late, at_once = (
+        reference([zeros((2, 3)), zeros((2, 3))], **settings, streaming={"delay_steps": delay}) for delay in (2, 0)
+    )
+    for number, pair in enumerate(given):
+        # Replica 1 skips a step before the sync, replica 0 one in flight.
+        each = gradients(None if number == 3 else pair[0], None if number == 1 else pair[1])
+        late.step(each)
+        at_once.step(each)
+    for m in range(2):
+        ours, theirs = late.state[m]["w"], at_once.state[m]["w"]
+        same(ours["u"], theirs["u"])
+        same(ours["v"], theirs["v"])
+        assert ours["t"] == theirs["t"] == (4 if m == 0 else 5)
+    assert late.executed == at_once.executed == [4, 5]
+
+
+def test_moments_land_in_the_new_basis() -> None:
+    """R turns both what the sync had and what came since: the new basis is the old one's second direction."""
+    run = reference([zeros((2, 3))], rank=2, streaming={"delay_steps": 1}, qh_mode="none", sync_interval=2)
+    draw = torch.Generator().manual_seed(4)
+    given = [torch.randn(2, 3, generator=draw, dtype=torch.float64) for _ in range(3)]
+    for gradient in given[:2]:
+        run.step(gradients(gradient))
+    state = run.state[0]["w"]
+    Q, u, v = state["Q"], state["u"].clone(), state["v"].clone()
+    run.step(gradients(given[2]))
+    new, (b1, b2) = run.state[0]["w"], run.config.betas
+    R = new["Q"].T @ Q
+    g = Q.T @ given[2]
+    same(new["u"], R @ (b1 * u + (1 - b1) * g))
+    u_hat, v_hat, c2 = u / (1 - b1**2), v / (1 - b2**2), 1 - b2**2
+    rotated = c2 * abs((R**2) @ (v_hat - u_hat**2) + (R @ u_hat) ** 2)
+    same(new["v"], b2 * rotated + (R**2) @ ((1 - b2) * g**2))
+    assert new["t"] == 3

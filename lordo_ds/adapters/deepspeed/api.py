@@ -36,6 +36,7 @@ def load_checkpoint(
         return as_saved
     if options:
         raise ValueError(f"LoRDO: load_checkpoint(reshape=True) takes no {sorted(options)[0]!r}: leave it out")
+    found.drain(before_load=True)
     with found.optimizer.watchdog.during(LOAD):
         loaded = load_reshaped(engine, found.groups, load_dir, tag, strict)
         found.remember_weights()

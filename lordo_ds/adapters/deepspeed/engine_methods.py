@@ -82,6 +82,7 @@ def _over_all_ranks(engine: Any, hook: EngineHook, original: Any) -> Any:
 def _and_remember(hook: EngineHook, load: Any) -> Any:
     @functools.wraps(load)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        hook.drain(before_load=True)
         result = load(*args, **kwargs)
         if result[0] is not None:
             hook.remember_weights()
@@ -97,6 +98,7 @@ def _with_loaded_weights(hook: EngineHook, save: Any) -> Any:
         if hook.optimizer.attempted_steps == 0:
             hook.optimizer.begin_attempt()
             hook.remember_weights()
+        hook.drain()
         return save(*args, **kwargs)
 
     return save_checkpoint

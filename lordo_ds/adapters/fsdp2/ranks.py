@@ -14,7 +14,7 @@ from lordo_ds.adapters.fsdp2.mesh import NAMES
 from lordo_ds.adapters.fsdp2.saving import pack, unpack, whole_header
 from lordo_ds.checkpoint.header import Header
 from lordo_ds.comm.connect import connect
-from lordo_ds.comm.groups import of_all_ranks, replica_groups
+from lordo_ds.comm.groups import groups_for, of_all_ranks, replica_groups
 from lordo_ds.comm.inside import InsideReplica
 from lordo_ds.comm.slow_link import SlowLink
 from lordo_ds.comm.wire import ReplicaWire
@@ -115,7 +115,9 @@ class MeshRanks(Ranks):
     def texts(self) -> dict[str, str]:
         return {"the mesh": " x ".join(f"{len(self.lines[name])} {name}" for name in NAMES)}
 
-    def connect(self, config: LordoConfig, device: torch.device) -> tuple[ReplicaWire, InsideReplica]:
+    def connect(
+        self, config: LordoConfig, device: torch.device, purpose: str = ""
+    ) -> tuple[ReplicaWire, InsideReplica]:
         shards, slices = self.lines[SHARD], self.lines[TENSOR]
         if config.replica_size not in (1, len(shards)):
             raise ConfigError(
@@ -125,6 +127,7 @@ class MeshRanks(Ranks):
         of_rank = of_all_ranks(shards)
         layout = ReplicaLayout(tuple(of_rank[rank] for rank in self.lines["replica"]))
         groups = replica_groups(layout, slices)
+        groups = groups_for(purpose, groups) if purpose else groups
         return connect(
             groups, device, SlowLink.of(config.wire_throttle), sharded=True, only_data_parallel=len(slices) == 1
         )
