@@ -14,7 +14,7 @@ from lordo_ds.handle import RunHandle, require_hook
 from lordo_ds.optimizer import LoRDO
 from lordo_ds.start_table import RunShape, border_copy_bytes, start_table, state_bytes
 from lordo_ds.sync.outer_sync import OuterSync
-from lordo_ds.sync.traffic import ledgers_inside
+from lordo_ds.sync.traffic import REPLICAS, ledgers_inside
 
 
 def bytes_inside(sync: OuterSync) -> dict[str, int]:
@@ -54,6 +54,7 @@ def status(engine: Any) -> dict[str, Any]:
         ddp_bytes_per_step: what all-reducing the engine's gradients would send.
         other_methods_bytes_per_step: what `adamw_ddp`, `low_rank_ddp` and `diloco` would send in `other_methods_dtype`.
         bytes_inside: by the group inside the replica that it was sent in; one group may serve as two.
+        bytes_inside_by_kind: by that and by what was sent; a group that serves as two is under the first.
         seconds_blocked, seconds_blocked_total: for which sending and receiving across replicas blocked this rank,
             waiting for late replicas included, since the start of the process; as `bytes_sent`. With NCCL, which sends
             in the background, the time to begin it.
@@ -117,6 +118,7 @@ def _status(optimizer: LoRDO, shape: RunShape, ddp_bytes_per_step: int, gradient
         "bytes_sent_total": sync.wire.ledger.total_bytes,
         "bytes_per_step": sync.traffic.bytes_per_step,
         "bytes_inside": bytes_inside(sync),
+        "bytes_inside_by_kind": {axis: one.bytes for axis, one in sync.counted().items() if axis != REPLICAS},
         "ddp_bytes_per_step": ddp_bytes_per_step,
         "other_methods_bytes_per_step": other_methods_bytes(optimizer, shape, gradient_dtype),
         "other_methods_dtype": str(gradient_dtype).removeprefix("torch."),

@@ -306,6 +306,8 @@ def test_a_replica_of_several_ranks_averages_its_gradients_with_ddp() -> None:
         assert status["seconds_blocked_inside"]["twins"] == status["seconds_blocked_inside"]["everyone"] > 0, (
             "one group"
         )
+        by_kind = status["bytes_inside_by_kind"]
+        assert sum(by_kind["twins"].values()) == status["bytes_inside"]["twins"] > 0 and not by_kind["everyone"]
         assert status["last_step"]["bytes"]["twins"] and not status["last_step"]["bytes"]["everyone"], "counted once"
         tables = [line for line in one["said"] if "2 replicas of 2 data-parallel ranks, without an engine" in line]
         assert len(tables) == (rank == 0), "rank 0 says what the others would repeat"
