@@ -221,7 +221,7 @@ def attach(run: Run, model: GivenModel | None, resuming: bool) -> bool:
 
 
 def start(run: Run, model: GivenModel | None) -> bool:
-    """Make the replicas equal, where attaching left that for later. Collective over replicas; returns what it does."""
+    """Make the replicas equal, where attaching left that for later. Collective over replicas; returns as `attach`."""
     assert run.sync is not None
     if model is not None:
         run.ranks.at_rest(model.module)

@@ -290,9 +290,9 @@ class LoRDO(torch.optim.Optimizer):
         Without an engine, each replica loads its own state and its own weights: between syncs they differ. One that is
         not LoRDO's, of another format, or that does not fit this run is a CheckpointError; nothing is changed then.
         """
-        saved_state.load(self, self.ranks.unpack(state_dict))
+        saved_state.load(self, state_dict)
         self._starts_later = not (self.managed or self.attempted_steps)
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> Header:
         """The header of a state that fits, else a CheckpointError; the groups must hold the stepped tensors."""
-        return saved_state.check(self, self.ranks.unpack(state_dict))
+        return saved_state.check(self, state_dict)

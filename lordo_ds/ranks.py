@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,8 +75,12 @@ class Ranks:
         """An optimizer's state as it is saved. Nothing is communicated."""
         return state_dict
 
-    def unpack(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The inverse of `pack`."""
+    def unpack(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inverse of `pack`.
+
+        Raises:
+            CheckpointError: it is none that `pack` made.
+        """
         return state_dict
 
 

@@ -150,22 +150,32 @@ def _owned(fragment: Fragment) -> tuple[int, int]:
 
 def check(run: Run, state_dict: Mapping[str, Any]) -> Header:
     """See `LoRDO.check_state_dict`. Collective over all ranks where the optimizer has not attached yet."""
+    return _checked(run, state_dict)[0]
+
+
+def _checked(run: Run, state_dict: Mapping[str, Any]) -> tuple[Header, Mapping[str, Any]]:
+    """The header, and the state with what this rank holds of every tensor."""
     if run.sync is not None:
-        saved = Header.of(state_dict, "this optimizer state")
-        _check_fits(run, saved, state_dict)
-        return saved
+        saved, state = _read(run, state_dict)
+        _check_fits(run, saved, state)
+        return saved, state
     if run.managed:
         raise ValueError("LoRDO: load the state after deepspeed.initialize, through the engine")
     # Attaching is collective: all ranks resume, or none does.
-    saved = agreed(lambda: Header.of(state_dict, "this optimizer state"))
+    saved, state = agreed(lambda: _read(run, state_dict))
     run._attach_alone(resuming=bool(saved.fragments))
     try:
-        agreed(lambda: _check_fits(run, saved, state_dict))
-        _check_finite(run, saved, state_dict)
+        agreed(lambda: _check_fits(run, saved, state))
+        _check_finite(run, saved, state)
     except CheckpointError:
         run._detach()
         raise
-    return saved
+    return saved, state
+
+
+def _read(run: Run, state_dict: Mapping[str, Any]) -> tuple[Header, Mapping[str, Any]]:
+    state = run.ranks.unpack(state_dict)
+    return Header.of(state, "this optimizer state"), state
 
 
 def _check_fits(run: Run, saved: Header, state_dict: Mapping[str, Any]) -> None:
@@ -297,7 +307,7 @@ def reseeded_later(found: list[NotFinite], replicas: int, where: str) -> list[in
 def load(run: Run, state_dict: Mapping[str, Any]) -> None:
     """See `LoRDO.load_state_dict`."""
     run.drain(before_load=True)
-    saved = check(run, state_dict)
+    saved, state_dict = _checked(run, state_dict)
     assert run.sync is not None
     if saved.fragments:  # a state saved before the first step has nothing but its settings
         for fragment, entries in _with_saved(run, saved, state_dict):

@@ -293,6 +293,9 @@ def refusals(folder: str) -> dict[str, str]:
     )
     del flat["param_groups"][0]["lordo"]
     refused("no header", lambda: run.optimizer.load_state_dict(flat))
+    other = get_optimizer_state_dict(run.model, run.optimizer)
+    other["state"]["another"] = other["state"].pop("bias")
+    refused("another parameter's", lambda: run.optimizer.load_state_dict(other))
     refused("no groups", lambda: run.optimizer.load_state_dict({"state": {}}))
     return said
 
@@ -302,4 +305,22 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for rank, said in enumerate(found):
         assert f"replica: saved {1 - rank // 2}, this run {rank // 2}" in said["another replica's"]
         assert "was not saved by LoRDO" in said["no header"]
+        assert "'another' belongs to no parameter of its groups" in said["another parameter's"]
         assert "flatten_optimizer_state_dict" in said["no groups"]
+
+
+def one_rank_refuses() -> tuple[str, bool]:
+    """A state without groups on rank 1 only, for an optimizer that has not attached; whether both can train then."""
+    run = Run(2, 1)
+    run.train(1, SAVED_AT)
+    state = run.optimizer.state_dict() if dist.get_rank() == 0 else {"state": {}}
+    fresh = Run(2, 1)
+    with pytest.raises(CheckpointError) as caught:
+        fresh.optimizer.load_state_dict(state)
+    fresh.train(1, 3)
+    return str(caught.value), fresh.optimizer.synced
+
+
+def test_a_state_that_one_rank_cannot_load_is_refused_on_all() -> None:
+    first, second = run_ranks(one_rank_refuses, 2, timeout_s=30)
+    assert first == second and first[1] and "no parameter groups" in first[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -140,7 +140,7 @@ class MeshRanks(Ranks):
     def pack(self, state_dict: dict[str, Any], held: Held) -> dict[str, Any]:
         return pack(state_dict, held, self._roles_of)
 
-    def unpack(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def unpack(self, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
         return unpack(state_dict)
 
 

@@ -140,31 +140,31 @@ def _distributed(part: Tensor, parameter: Any, placements: Sequence[Any], shape:
 # -- loading -----------------------------------------------------------------------------------------
 
 
-def unpack(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def unpack(state_dict: Any) -> dict[str, Any]:
     """The inverse of `pack`: this rank's parts as plain tensors. Nothing is communicated.
 
     Args:
         state_dict: with parameters by number or, as torch's functions give it, by name.
 
     Raises:
-        CheckpointError: it has no parameter groups.
+        CheckpointError: it has no parameter groups, or states of others.
     """
-    groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not (groups and isinstance(groups, list) and isinstance(state, Mapping)):
+    given = state_dict if isinstance(state_dict, Mapping) else {}
+    groups, state = given.get("param_groups"), given.get("state")
+    well_formed = isinstance(groups, list) and all(isinstance(one, Mapping) and "params" in one for one in groups)
+    if not (groups and well_formed and isinstance(state, Mapping)):
         raise CheckpointError(
             "LoRDO: the saved state has no states, or no parameter groups: it is damaged, or was made with "
             "flatten_optimizer_state_dict, which leaves out its header"
         )
     numbers = {key: number for number, key in enumerate(key for group in groups for key in group["params"])}
+    found: dict[int, Any] = {}
+    for key, of_parameter in state.items():
+        if key not in numbers or not isinstance(of_parameter, Mapping):
+            raise CheckpointError(f"LoRDO: the saved state of {key!r} belongs to no parameter of its groups: damaged")
+        found[numbers[key]] = {name: _unpacked(entries) for name, entries in of_parameter.items()}
     plain = [{key: value for key, value in group.items() if key != _HEADER} for group in groups]
-    return {
-        "state": {
-            numbers[key]: {name: _unpacked(entries) for name, entries in of_parameter.items()}
-            for key, of_parameter in state.items()
-        },
-        "param_groups": plain,
-        _HEADER: groups[0].get(_HEADER),
-    }
+    return {"state": found, "param_groups": plain, _HEADER: groups[0].get(_HEADER)}
 
 
 def _unpacked(entries: Any) -> Any:
