@@ -96,7 +96,7 @@ def make(
             if manifest.made_of != work.made_of:
                 raise DataError(
                     f"{manifest_path(prefix)}: made of other text or with other settings; give another --out, or "
-                    f"delete {prefix}.* first"
+                    f"delete it and the files beside it ({', '.join(SUFFIXES)}) first"
                 )
             say(f"{prefix} is complete: nothing to do (lordo data verify {prefix} reads it all)")
         else:
@@ -217,7 +217,7 @@ class _Work:
         if todo:
             self.say(
                 f"tokenized {in_bytes(text_bytes)} in {in_time(seconds)}: {in_bytes(text_bytes / seconds)}/s, "
-                f"{tokens / seconds:,.0f} tokens/s on {min(self.settings.workers, len(todo))} process(es)"
+                f"{tokens / seconds:,.0f} tokens/s (--workers {self.settings.workers})"
             )
         return [found for found in facts if found is not None]
 

@@ -72,7 +72,7 @@ class LinesFile:
         with self.path.open("rb") as stream:
             for wanted in range(unit_bytes, size, unit_bytes):
                 if wanted > bounds[-1]:  # a line may be longer than a unit
-                    stream.seek(wanted - 1)  # a boundary that is one already stays
+                    stream.seek(wanted)
                     stream.readline()
                     if not is_jsonl(self.path):
                         _skip_past_blank_line(stream)

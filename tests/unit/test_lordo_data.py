@@ -277,6 +277,21 @@ def test_a_damaged_part_is_made_anew(home: Path, reference: Path, tmp_path: Path
     assert contents(prefix) == contents(reference)
 
 
+def test_stopped_before_the_manifest_it_is_not_complete(home: Path, reference: Path, tmp_path: Path) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build, "write_manifest", stop)
+        made(home, tmp_path / "data")
+    assert data_path(tmp_path / "data", ".bin").exists() and not manifest_path(tmp_path / "data").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        encoded: list[int] = []
+        patch.setattr(build, "results_of", lambda *given: counted(encoded, *given))
+        made(home, tmp_path / "data")
+    assert encoded == [] and contents(tmp_path / "data") == contents(reference)
+
+
 def counted(numbers: list[int], *given: Any) -> Any:
     for number, result in results_of(*given):
         numbers.append(number)
