@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -35,6 +37,7 @@ def results_of(
     # Not fork: torch and numpy may have threads here, and a fork would hold the other processes' pipes open.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([function.__module__])
+    _start_server()
     coming = iter(range(len(tasks)))
     workers: list[Any] = []
     busy: dict[Connection, tuple[Any, int]] = {}
@@ -65,6 +68,22 @@ def results_of(
         for worker in workers:
             worker.kill()
             worker.join()
+
+
+def _start_server() -> None:
+    """Start the server that forks the processes, so that it ignores SIGINT from its first instruction.
+
+    By itself it does so after it has imported what it preloads, which takes seconds; a Ctrl-C in them would print its
+    traceback. What is ignored stays so in a new program.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        forkserver.ensure_running()  # only the main thread may change handlers
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _give(pipe: Connection, task: object) -> None:

@@ -198,21 +198,13 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
 ) -> None:
     prefix = tmp_path / "stopped"
     parts = tmp_path / "stopped.parts"
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, str(UNIT_BYTES), *command(home, prefix)],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_slowly(home, prefix)
     wait_for(lambda: len(list(parts.glob("*.part"))) >= 3 or process.poll() is not None)
     if signal_number == signal.SIGINT:
         os.killpg(process.pid, signal_number)  # as a terminal does
     else:
         process.kill()
-    errors = process.communicate(timeout=30)[1]
+    errors = process.communicate(timeout=120)[1]
     there = list(parts.glob("*.part"))
     assert there and not manifest_path(prefix).exists() and not data_path(prefix, ".bin").exists(), errors
     if signal_number == signal.SIGINT:
@@ -230,7 +222,38 @@ def test_what_was_stopped_goes_on_to_the_same_bytes(
     assert not parts.exists()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+def start_slowly(home: Path, prefix: Path) -> subprocess.Popen[str]:
+    """The command in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, str(UNIT_BYTES), *command(home, prefix)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_an_interrupt_while_the_processes_start_prints_no_traceback(home: Path, tmp_path: Path) -> None:
+    process = start_slowly(home, tmp_path / "data")
+    wait_for(lambda: any("forkserver" in command_of(one) for one in processes_of(process.pid)))
+    time.sleep(0.3)  # it imports for seconds
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, errors
+    assert errors == "lordo: interrupted; the same command goes on from here\n"
+    wait_for(lambda: not processes_of(process.pid))
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
