@@ -21,12 +21,13 @@ from pretrain.launch import ArgumentParser, one_line_errors
 from trials.bench import provenance
 from trials.hosts import Hosts, why_not
 from trials.jobs import fresh_folder
-from trials.machine import ROOT
+from trials.machine import ROOT, running_threads
 from trials.network_job import run_job
 from trials.network_points import Point, points_of, refused_points, write_points
 from trials.network_report import in_words, write_report
 from trials.network_settings import Setting, choose, read_settings
 
+QUIET_THREADS, QUIET_WINDOW_S = 0.3, 5.0
 RATES = ["5", "10", "20", "100", "1000", "unlimited"]
 QUICK: dict[str, Any] = {
     "hosts": [2],
@@ -51,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", type=Path, default=ROOT / "configs" / "model" / "tiny.yaml", metavar="YAML")
     add("--seed", type=int, default=1234)
     add("--quick", action="store_true", help="other defaults: three settings, 2 hosts, two rates, once")
+    add("--wait-for-quiet", type=float, default=0.0, metavar="SECONDS", help="that a job may wait for other programs")
     add("--job-timeout", type=float, default=1800.0, metavar="SECONDS", help="default: %(default)g")
     add("--work-dir", type=Path, default=ROOT / "runs" / "bench_network", help="emptied; default: %(default)s")
     add("--output", type=Path, required=True, metavar="PREFIX", help="of the .csv, .md and .png")
@@ -103,6 +105,7 @@ def measure_one(
         return refused_points(setting.name, hosts_count, rates, repetition, f"refused: {setting.refusal}")
     plan = setting.plan(rates, args.periods, args.least_steps)
     folder = args.work_dir / "".join(c if c.isalnum() else "_" for c in f"{setting.name}_{hosts_count}_{repetition}")
+    wait_for_quiet(args.wait_for_quiet)
     began = time.monotonic()
     with Hosts(hosts_count) as hosts:
         outcome = run_job(hosts, setting, plan, args.model, folder, args.seed, args.job_timeout)
@@ -114,6 +117,13 @@ def measure_one(
     if outcome.error:
         print(f"  {outcome.error}", flush=True)
     return points
+
+
+def wait_for_quiet(patience_s: float) -> None:
+    """Until other programs leave the cores free, or for so long."""
+    until = time.monotonic() + patience_s
+    while (left_s := until - time.monotonic()) > 0 and running_threads(min(QUIET_WINDOW_S, left_s)) > QUIET_THREADS:
+        continue
 
 
 def facts_of() -> dict[str, str]:

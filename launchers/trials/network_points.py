@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -44,6 +44,8 @@ class Point:
     ledger_share: float | None = None
     """ledger_bytes / tx_bytes."""
     idle_bytes_per_s: float | None = None
+    queued_s: float | None = None
+    """Of a step, for which a rank's main thread was ready to run and had no core: how crowded the machine was."""
     others_threads: float | None = None
     """Threads of other programs that ran or waited for a core while the job paused."""
 
@@ -111,6 +113,7 @@ def _numbers(ranks: list[_Measured]) -> dict[str, Any]:
         values = [row.get(key) for one in ranks for row in one.steps]
         return None if None in values else math.fsum(values) / len(ranks) / steps
 
+    queued = [(one.first.get("queued_s"), one.last.get("queued_s")) for one in ranks]
     tx_bytes, ledger_bytes = traffic("tx_bytes"), said("ledger_bytes")
     return {
         "steps": steps,
@@ -123,6 +126,7 @@ def _numbers(ranks: list[_Measured]) -> dict[str, Any]:
         "ledger_bytes": ledger_bytes,
         "ledger_share": ledger_bytes / tx_bytes if ledger_bytes is not None and tx_bytes else None,
         "idle_bytes_per_s": fmean(one.idle["tx_bytes"] for one in ranks),
+        "queued_s": None if None in chain(*queued) else fmean(last - first for first, last in queued) / steps,
     }
 
 

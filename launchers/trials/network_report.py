@@ -60,6 +60,12 @@ def _circumstances(points: list[Point], facts: dict[str, str]) -> str:
             f"Other programs had {min(busy):.1f} to {max(busy):.1f} threads that ran or waited for a core, "
             f"{median(busy):.1f} in the median job (each measured while it paused)."
         )
+    queued = [point.queued_s / point.step_s for point in points if point.queued_s is not None and point.step_s]
+    if queued:
+        lines.append(
+            f"Ranks were ready to run and waited for a core for {median(queued):.0%} of their time in the median "
+            f"point, {max(queued):.0%} at most; where there are more hosts than cores, they wait for each other too."
+        )
     return "\n".join(lines)
 
 

@@ -63,6 +63,14 @@ def traffic() -> dict[str, int]:
     return {f"{way}_bytes": int((_COUNTERS / f"{way}_bytes").read_text()) for way in ("tx", "rx")}
 
 
+def waited_for_a_core() -> float | None:
+    """Seconds for which this thread was ready to run and another one had its core; None where the kernel tells not."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return None
+
+
 class Pacer:
     """One rank's side."""
 
@@ -81,11 +89,14 @@ class Pacer:
         self._wait_for(f"quiet{number}")
         quiet = {"quiet_time": time.monotonic(), **{f"quiet_{key}": value for key, value in self._counters().items()}}
         self._wait_for(f"go{number}")
-        self._note({"segment": number, "time": time.monotonic(), **self._counters(), **quiet})
+        row = {"segment": number, "time": time.monotonic(), **self._counters(), "queued_s": waited_for_a_core()}
+        self._note({**row, **quiet})
 
     def note_step(self, step: int, tokens: int, **more: Any) -> None:
-        """After a step: `tokens` are those of all ranks since the first step."""
-        self._note({"step": step, "time": time.monotonic(), **self._counters(), "tokens": tokens, **more})
+        """After a step: `tokens` are those of all ranks since the first step; more is of this rank in this step."""
+        queued_s = waited_for_a_core()
+        row = {"step": step, "time": time.monotonic(), **self._counters(), "tokens": tokens, "queued_s": queued_s}
+        self._note({**row, **more})
 
     def _note(self, row: dict[str, Any]) -> None:
         self._log.write(json.dumps(row) + "\n")

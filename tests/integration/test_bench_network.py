@@ -89,6 +89,7 @@ def test_a_point_over_a_slow_link_counts_what_the_ledger_counts(tmp_path: Path, 
         assert point.ok and point.steps == 4 and point.tokens_per_s and point.step_s, point
         assert point.tokens_per_s * point.step_s == pytest.approx(2 * 2 * 32, rel=1e-4)
         assert point.ledger_bytes and point.ledger_bytes == slow.ledger_bytes
+        assert point.queued_s is not None and 0 <= point.queued_s < point.step_s
     assert slow.mbit_per_s == 8.0 and free.mbit_per_s is None
     # Of a wire's packet of 1514 bytes 1448 are the message's; small messages weigh more.
     assert slow.ledger_share and 0.75 < slow.ledger_share < 1448 / 1514

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import bench_network
 import pytest
 
 from trials.network_job import reason
@@ -98,22 +100,22 @@ def test_a_segment_is_whole_periods_and_short_where_every_step_crosses_a_slow_li
 def notes(plan: Plan, step_s: list[float], sent: list[int], start: float = 100.0) -> Rows:
     """Of a rank whose steps take `step_s` and send `sent` bytes in each segment, heartbeats 10 bytes/s beside them."""
     rows: Rows = []
-    time, bytes_ = start, 5000.0
+    now, bytes_ = start, 5000.0
 
     def note(**more: Any) -> None:
-        rows.append({"time": time, "tx_bytes": bytes_, "rx_bytes": 2 * bytes_, **more})
+        rows.append({"time": now, "tx_bytes": bytes_, "rx_bytes": 2 * bytes_, "queued_s": now / 8, **more})
 
     def step(number: int, seconds: float, size: int) -> None:
-        nonlocal time, bytes_
-        time, bytes_ = time + seconds, bytes_ + size + 10 * seconds
+        nonlocal now, bytes_
+        now, bytes_ = now + seconds, bytes_ + size + 10 * seconds
         note(step=number, tokens=number * 64, ledger_bytes=size / 2, blocked_s=seconds / 4)
 
     for number in range(1, plan.warm_up + 1):
         step(number, 9.0, 10**6)
     for number, segment in enumerate([*plan.segments, None]):
-        quiet = {"quiet_time": time, "quiet_tx_bytes": bytes_, "quiet_rx_bytes": 2 * bytes_}
+        quiet = {"quiet_time": now, "quiet_tx_bytes": bytes_, "quiet_rx_bytes": 2 * bytes_}
         # Only the first pause is quiet: in a later one something is under way.
-        time, bytes_ = time + 2.0, bytes_ + (20 if number == 0 else 10**5)
+        now, bytes_ = now + 2.0, bytes_ + (20 if number == 0 else 10**5)
         note(segment=number, **quiet)
         for one in range(segment.steps if segment else 0):
             late = segment is not None and one >= segment.settle_steps
@@ -132,6 +134,7 @@ def test_points_are_means_over_the_measured_steps_and_ranks_with_the_idle_traffi
     assert free.tx_bytes == pytest.approx(1500 - 10 * 0.25 / 4) and free.rx_bytes == pytest.approx(3000 - 20 * 0.25 / 4)
     assert free.median_step_s == pytest.approx(0.5) and slow.median_step_s == pytest.approx(2.0)
     assert free.ledger_bytes == pytest.approx(750) and free.blocked_s == pytest.approx(0.125)
+    assert free.queued_s == pytest.approx(0.5 / 8)
     assert free.ledger_share == pytest.approx(750 / free.tx_bytes) and free.idle_bytes_per_s == pytest.approx(10)
     assert slow.steps == 4 and slow.step_s == pytest.approx((4 * 2.0 + 0.25) / 4)
     assert slow.tx_bytes == pytest.approx(4000 - 10 * 0.25 / 4), "the steps in which it settled are not in it"
@@ -148,10 +151,11 @@ def test_a_job_that_ended_early_keeps_what_it_measured_and_says_why_for_the_rest
 
 def test_where_a_run_counts_nothing_the_columns_stay_empty() -> None:
     plan = Plan(1, (Segment(None, 2),))
-    rows = [{key: value for key, value in row.items() if key not in ("ledger_bytes", "blocked_s")} for row in
-            notes(plan, [1.0], [10])]  # fmt: skip
+    counted = ("ledger_bytes", "blocked_s", "queued_s")
+    rows = [{key: value for key, value in row.items() if key not in counted} for row in notes(plan, [1.0], [10])]
     (point,) = points_of("x", plan, [rows, rows], "", 1, math.nan)
-    assert point.ok and point.ledger_bytes is None and point.ledger_share is None and point.blocked_s is None
+    assert point.ok and point.ledger_bytes is None and point.ledger_share is None
+    assert point.blocked_s is None and point.queued_s is None
 
 
 @pytest.mark.parametrize(
@@ -194,6 +198,32 @@ def test_a_rank_pauses_before_each_segment_and_notes_its_counters(tmp_path: Path
     assert rows[0]["ledger_bytes"] == 7 and rows[1]["time"] >= rows[1]["quiet_time"]
 
 
+# -- the command -------------------------------------------------------------------------------------
+
+
+def test_rates_are_numbers_of_mbit_per_s_or_unlimited() -> None:
+    assert [bench_network.parse_rate(text) for text in ("5", "0.5", "unlimited")] == [5.0, 0.5, None]
+    for text in ("0", "-1", "nan", "inf", "10mbit"):
+        with pytest.raises(ValueError, match=f"--rates {text}: must be a number of Mbit/s"):
+            bench_network.parse_rate(text)
+
+
+def test_a_job_waits_for_free_cores_as_long_as_it_was_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, asked = iter([3.0, 1.0, 0.1, 3.0]), []
+
+    def load(window_s: float) -> float:
+        asked.append(window_s)
+        return next(loads)
+
+    monkeypatch.setattr(bench_network, "running_threads", load)
+    bench_network.wait_for_quiet(0.0)
+    assert not asked
+    bench_network.wait_for_quiet(60.0)
+    assert asked == [bench_network.QUIET_WINDOW_S] * 3 and next(loads) == 3.0
+    monkeypatch.setattr(bench_network, "running_threads", lambda window_s: time.sleep(window_s) or 3.0)
+    bench_network.wait_for_quiet(0.05)  # ends, busy as it is
+
+
 # -- the files ---------------------------------------------------------------------------------------
 
 
@@ -205,6 +235,7 @@ def points() -> list[Point]:
         "tx_bytes": 1000.0,
         "rx_bytes": 1000.0,
         "others_threads": 0.25,
+        "queued_s": 0.02,
     }
     return [
         Point("LoRDO", 2, None, 1, "ok", tokens_per_s=8000.0, ledger_bytes=900.0, ledger_share=0.9, **numbers),
@@ -230,7 +261,11 @@ def test_the_page_has_medians_shares_of_full_speed_and_what_was_refused(tmp_path
     assert "| | 5 Mbit/s | no limit |" in text and "| LoRDO | 2,000 (25%) | 8,000 |" in text
     assert "| LoRDO | 0.500 |  |" in text and "| int3 | refused |  |" in text
     assert "- int3: refused: pseudo_gradient_dtype = int3" in text and "`python x`" in text
-    assert "| LoRDO | 1,000 | 1,000 | 900 | 0.900 |  |" in text and "had 0.2 to 0.2 threads" in text
+    assert (
+        "| LoRDO | 1,000 | 1,000 | 900 | 0.900 |  |" in text
+        and "had 0.2 to 0.2 threads" in text
+        and "for 20% of their time" in text
+    )
     assert (tmp_path / "net.png").stat().st_size > 1000
     assert by_speed({None, 100.0, 5.0}) == [5.0, 100.0, None]
 
