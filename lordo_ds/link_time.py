@@ -2,7 +2,7 @@
 
 Each collective takes hops x latency + bytes / bandwidth, the alpha-beta model; the bytes are those of `lordo_ds.costs`.
 What a sync computes is no function of the link and is measured: `launchers/bench_network.py` does, and prints how far
-these times are from those that it measures.
+these times are from those that it measures (of the bandwidth only: the links that it makes have next to no latency).
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from trials.network_settings import Setting
 from trials.pacer import PACE, Plan
 
 _PORT = 29_500  # every job has its hosts for itself
-_QUIET_S, _FIRST_QUIET_S, _SETTLE_S = 0.2, 3.0, 0.3
+_QUIET_S, _FIRST_QUIET_S, _SETTLE_S, _LAST_WORDS_S, _POLL_S = 0.2, 3.0, 0.3, 1.0, 0.02
+_TOO_LONG = "failed: it took longer than --job-timeout"
 
 
 @dataclass
@@ -97,10 +97,14 @@ def _lead(
 ) -> str:
     """Through all segments to the end; the reason if it does not come to it."""
     for number in range(len(plan.segments) + 1):
-        here = [folder / f"rank{rank}.at{number}" for rank in range(hosts.count)]
-        error = _wait(lambda: all(path.exists() for path in here), processes, folder, until)  # noqa: B023
-        if error:
-            return error
+        while not all((folder / f"rank{rank}.at{number}").exists() for rank in range(hosts.count)):
+            # None may end before its last pause: DeepSpeed's launcher exits with 0 when the one below it was killed.
+            if any(process.poll() is not None for process in processes):
+                time.sleep(_LAST_WORDS_S)
+                return reason(folder)
+            if time.monotonic() > until:
+                return _TOO_LONG
+            time.sleep(_POLL_S)
         last = number == len(plan.segments)
         time.sleep(_SETTLE_S)  # what the last step sent is acknowledged
         (folder / f"quiet{number}").touch()
@@ -110,18 +114,11 @@ def _lead(
             time.sleep(_QUIET_S)
         hosts.set_rate(None if last else plan.segments[number].mbit_per_s)
         (folder / f"go{number}").touch()
-    return _wait(lambda: all(process.poll() == 0 for process in processes), processes, folder, until)
-
-
-def _wait(done: Callable[[], bool], processes: list[subprocess.Popen[bytes]], folder: Path, until: float) -> str:
-    while not done():
-        if any(process.poll() not in (None, 0) for process in processes):
-            time.sleep(1.0)  # the others' last words
-            return reason(folder)
+    while any(process.poll() is None for process in processes):
         if time.monotonic() > until:
-            return "failed: it took longer than --job-timeout"
-        time.sleep(0.02)
-    return ""
+            return _TOO_LONG
+        time.sleep(_POLL_S)
+    return "" if all(process.returncode == 0 for process in processes) else reason(folder)
 
 
 def reason(folder: Path) -> str:

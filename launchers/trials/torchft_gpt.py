@@ -1,7 +1,7 @@
 """torchft's own DiLoCo and Streaming DiLoCo on the model and data of `pretrain_gpt.py`; `bench_network.py` starts it.
 
-One replica a host. The inner optimizer is torch's AdamW and the outer one that of configs/ds/diloco.json. DeepSpeed is
-not in it but for its launcher, so a step's computation is lighter than DeepSpeed's.
+One replica a host. The inner optimizer is torch's AdamW, at one learning rate, and the outer one that of
+configs/ds/diloco.json. Of DeepSpeed there is the launcher only, so a step's computation is lighter than DeepSpeed's.
 """
 
 from __future__ import annotations

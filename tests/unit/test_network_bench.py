@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import bench_network
 import pytest
 
-from trials.network_job import reason
+from trials.hosts import Hosts
+from trials.network_job import Outcome, _lead, reason
 from trials.network_model import cases, fit_wire_bytes, model_section
 from trials.network_points import Point, Rows, points_of, read_points, refused_points, write_points
 from trials.network_report import MARK, by_speed, write_report
@@ -170,6 +172,20 @@ def test_the_reason_of_an_early_end_comes_from_the_logs(tmp_path: Path, logs: di
     for name, text in logs.items():
         (tmp_path / f"{name}.log").write_text(text)
     assert reason(tmp_path).startswith(expected)
+
+
+@pytest.mark.parametrize(("program", "expected"), [("true", "failed: see the logs"), ("sleep 60", "failed: it took")])
+def test_a_job_whose_ranks_never_pause_is_given_up(tmp_path: Path, program: str, expected: str) -> None:
+    """Also where the launchers end with 0, as DeepSpeed's does when the one below it is killed."""
+    plan, hosts = Plan(1, (Segment(None, 1),)), Hosts(2)  # which are not made
+    processes = [subprocess.Popen(program.split()) for _ in range(hosts.count)]
+    try:
+        until = time.monotonic() + (60 if program == "true" else 0.1)
+        assert _lead(hosts, plan, tmp_path, processes, Outcome(), until).startswith(expected)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def test_a_rank_pauses_before_each_segment_and_notes_its_counters(tmp_path: Path) -> None:
