@@ -51,16 +51,23 @@ def mean_gradients(step: int, replica: int) -> dict[str, torch.Tensor]:
     return {name: torch.stack([one[name] for one in each]).mean(0) for name in each[0]}
 
 
-def ladder(mode: str, stage: int, dtype: str, skipped: tuple[int, ...]) -> dict[str, Any]:
-    """The largest distance from the reference, relative to a parameter's largest weight; replica 1 overflows."""
+def ladder(mode: str, stage: int, dtype: str, spoilt: tuple[int, ...]) -> dict[str, Any]:
+    """The largest distance from the reference, relative to a parameter's largest weight.
+
+    Args:
+        spoilt: steps at which a rank of replica 1 overflows (fp16), or has a loss that is not finite.
+    """
     torch.set_num_threads(1)
     replica = dist.get_rank() // SHARDS
     engine = make_engine(settings(dtype, {**MODES[mode], "replica_size": SHARDS}, **zero(stage)))
     reference, worst, stale, landed = reference_of(mode), 0.0, 0.0, []
     for step in range(1, STEPS + 1):
-        spoilt = step in skipped
-        train_step(engine, step, spoil=math.inf if spoilt and dist.get_rank() == REPLICAS * SHARDS - 1 else None)
-        reference.step([None if m and spoilt else mean_gradients(step, m) for m in range(REPLICAS)])
+        bad, overflows = step in spoilt, step in spoilt and dtype == "fp16"
+        last = dist.get_rank() == REPLICAS * SHARDS - 1
+        train_step(engine, step, spoil=math.inf if overflows and last else None)
+        lordo_ds.hook(engine).record(loss=math.nan if bad and last and not overflows else 1.0)
+        gradients = [None if m and overflows else mean_gradients(step, m) for m in range(REPLICAS)]
+        reference.step(gradients, losses=[1.0, math.nan if bad else 1.0])
         masters = fragments_of(engine)
         for name, (at, found) in masters.items():
             whole = reference.weights[replica][name].flatten()
@@ -76,6 +83,7 @@ def ladder(mode: str, stage: int, dtype: str, skipped: tuple[int, ...]) -> dict[
             landed.append(step)
     status = lordo_ds.status(engine)
     return {
+        "left_out": status["syncs_left_out_by_replica"],
         "worst": worst,
         "stale": stale,
         "landed": landed,
@@ -88,6 +96,8 @@ CASES: dict[str, tuple[Any, ...]] = {
     **{f"{mode} {stage}": (mode, stage, "fp32", ()) for mode in ("one fragment", "at once") for stage in (1, 3)},
     **{f"{dtype} {stage}": ("paper", stage, dtype, ()) for dtype in ("bf16",) for stage in range(4)},
     **{f"fp16 {stage}": ("paper", stage, "fp16", (2, 4, 6)) for stage in (0, 1, 3)},
+    # Left out of the fragment that begins at step 6, and replaced in both where that lands.
+    **{f"not finite {stage}": ("paper", stage, "fp32", (5,)) for stage in range(4)},
 }
 
 
@@ -107,6 +117,7 @@ def test_every_zero_stage_follows_the_reference(case: str) -> None:
     for found in ladders()[case]:
         assert found["worst"] < (1e-5 if dtype == "fp32" else 4e-3), found
         assert found["stale"] < 1e-4 and found["executed"] == 0, found
+        assert found["left_out"] == [0, int(case.startswith("not finite"))]
         assert found["landed"] == sorted(step + delay for step in due if step + delay <= STEPS)
 
 
