@@ -67,8 +67,8 @@ def start_table(config: LordoConfig, shape: RunShape, size: ModelSize, items: Se
     mesh += f" x {shape.pipe_size} pipeline stages" if shape.pipe_size > 1 else ""
     lines = [
         f"LoRDO: {shape.replicas} replicas of {shape.replica_size} data-parallel ranks{mesh}, {shape.driver}; "
-        f"sync every {config.sync_interval} steps; {config.qh_mode}, omega {config.omega:g}, basis from "
-        f"{config.basis_source} ({config.basis_update}), {config.projection} projection",
+        f"sync every {config.sync_interval} steps{_streaming_in_words(config)}; {config.qh_mode}, omega "
+        f"{config.omega:g}, basis from {config.basis_source} ({config.basis_update}), {config.projection} projection",
         f"LoRDO: outer step: {_outer_in_words(config.outer)}",
         f"LoRDO: {size.low_rank_parameters} parameters low-rank ({size.low_rank_elements:,} elements), "
         f"{size.dense_parameters} dense ({size.dense_elements:,} elements)",
@@ -76,6 +76,12 @@ def start_table(config: LordoConfig, shape: RunShape, size: ModelSize, items: Se
     if shape.pipe_size > 1:
         lines.append("LoRDO: of them on the first pipeline stage:")
     return [*lines, *_plan_lines(items), _state_line(items)]
+
+
+def _streaming_in_words(config: LordoConfig) -> str:
+    fragments, delay = config.streaming.fragments, config.streaming.delay_steps
+    words = f", in {fragments} fragments" if fragments > 1 else ""
+    return words + (f", applied {delay} steps later" if delay else "")
 
 
 def _outer_in_words(outer: OuterOptimizer) -> str:

@@ -108,6 +108,13 @@ def without_faults() -> Found[Any]:
 
 
 @once
+def of_one_replica() -> Found[Any]:
+    skips = frozenset({(4, 0), (9, 0), (10, 0)})
+    cases = {mode: (settings_of(mode, 3, 2), skips, frozenset()) for mode in ("paper", "recommended", "local")}
+    return run_cases(farthest, 1, cases, timeout_s=120)
+
+
+@once
 def with_faults() -> Found[Any]:
     cases = {case: (settings_of(*case), *drawn_faults(seed, 3)) for seed, case in enumerate(CASES)}
     return run_cases(farthest, 3, cases, timeout_s=280)
@@ -124,6 +131,11 @@ def test_fragments_and_delays_follow_the_reference(case: tuple[str, int, int]) -
     found = without_faults()[case]
     require_near(found)
     assert all(one["syncs"] >= 2 * case[1] and not one["left_out"] for one in found)
+
+
+@pytest.mark.parametrize("mode", ["paper", "recommended", "local"])
+def test_one_replica_streams_its_outer_step_and_its_bases(mode: str) -> None:
+    require_near(of_one_replica()[mode])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

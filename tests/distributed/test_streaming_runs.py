@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import lordo_ds
 from lordo_ds import LoRDO
 from lordo_ds.core.schedule import sync_plan
 from lordo_ds.errors import CheckpointError, ConfigError, SyncError
+from lordo_ds.sync.bucket import BucketSync
 from tests import problems
 from tests.cases import Found, once, run_cases
 
@@ -146,6 +148,47 @@ def resumed(streaming: dict[str, int], wire: str) -> dict[str, Any]:
     }
 
 
+def resumed_in_other_fragments() -> list[bool]:
+    """What was not told of the means is of elements that others own in other fragments."""
+    named, optimizer = made(pseudo_gradient_dtype="int8", streaming={"fragments": 3})
+    train(named, optimizer, 1, 10)
+    again, fresh = made(pseudo_gradient_dtype="int8", streaming={"fragments": 2, "delay_steps": 1})
+    with torch.no_grad():
+        for (_, parameter), (_, weight) in zip(again, named, strict=True):
+            parameter.copy_(weight)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.sync is not None and fresh.sync is not None
+    found = []
+    for item, other in zip(fresh.sync.items, optimizer.sync.items, strict=True):
+        same = item.owned == other.owned
+        kept = torch.equal(item.state["owner_error"], other.state["owner_error"]) if same else False
+        found.append(kept if same else not bool(item.state["owner_error"].any()))
+        found.append(torch.equal(item.state["wire_error"], other.state["wire_error"]))
+    assert any(item.owned != other.owned for item, other in zip(fresh.sync.items, optimizer.sync.items, strict=True))
+    train(again, fresh, 11, 20)
+    return found
+
+
+def beside_training() -> tuple[float, float]:
+    """Seconds that a sync took, and that training waited for it; both sleep, the sync once and every step."""
+    named, optimizer = made()
+    run = BucketSync.run_
+
+    def slow(self: BucketSync, *args: Any) -> None:
+        time.sleep(0.5)
+        run(self, *args)
+
+    BucketSync.run_ = slow  # type: ignore[method-assign]
+    try:
+        for step in range(1, 6):
+            time.sleep(0.3)
+            train(named, optimizer, step, step)
+    finally:
+        BucketSync.run_ = run  # type: ignore[method-assign]
+    assert optimizer.last_report is not None and optimizer.synced
+    return optimizer.last_report.seconds, optimizer.last_report.blocked_seconds
+
+
 def ended(delay: int) -> dict[str, Any]:
     """A final sync with a fragment in flight."""
     named, optimizer = made(streaming={"fragments": 3, "delay_steps": delay})
@@ -219,6 +262,8 @@ def ends() -> Found[Any]:
         {
             "resumed": (resumed, {"fragments": 3, "delay_steps": 2}, "fp32"),
             "resumed int8": (resumed, {"fragments": 1, "delay_steps": 8}, "int8"),
+            "other fragments": (resumed_in_other_fragments,),
+            "beside": (beside_training,),
             "ended": (ended, 2),
             "ended at once": (ended, 0),
             "loaded": (loaded_in_flight,),
@@ -236,8 +281,17 @@ def _call(function: Any, *args: Any) -> Any:
 @pytest.mark.parametrize("case", ["resumed", "resumed int8"])
 def test_resuming_is_bitwise_the_run_that_drained_there(case: str) -> None:
     for found in ends()[case]:
-        assert "call the optimizer's drain()" in found["refused"]
+        assert "call drain(), of the optimizer" in found["refused"]
         assert found["drained"] == [True, False] and found["resumed"] and not found["undisturbed"]
+
+
+def test_training_goes_on_while_a_sync_is_in_flight() -> None:
+    for seconds, blocked in ends()["beside"]:
+        assert seconds >= 0.5 and blocked < seconds - 0.3, "two steps of 0.3 s lie between launch and landing"
+
+
+def test_a_run_goes_on_in_other_fragments() -> None:
+    assert all(all(found) for found in ends()["other fragments"])
 
 
 @pytest.mark.parametrize(("case", "syncs"), [("ended", 5), ("ended at once", 5)])
