@@ -186,7 +186,7 @@ def beside_training() -> tuple[float, float]:
     finally:
         BucketSync.run_ = run  # type: ignore[method-assign]
     assert optimizer.last_report is not None and optimizer.synced
-    return optimizer.last_report.seconds, optimizer.last_report.blocked_seconds
+    return optimizer.last_report.seconds, optimizer.last_report.seconds_blocked
 
 
 def ended(delay: int) -> dict[str, Any]:
