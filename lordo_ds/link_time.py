@@ -56,24 +56,35 @@ def gather_hops(replicas: int) -> int:
 
 @dataclass(frozen=True)
 class Sync:
-    """What one sync costs a rank: seconds that it computes, bytes that it sends, messages that wait for each other."""
+    """What one sync costs a rank: seconds that it computes, bytes that it sends, messages that wait for each other.
+
+    With `parts` above 1 so many fragments of the model leave at steps of their own, each with an equal share of these.
+    """
 
     work_s: float
     sent_bytes: float
     hops: int = 0
+    parts: int = 1
 
     def seconds(self, link: Link, overlapped_s: float = 0.0) -> float:
-        """That it holds up training; `overlapped_s` are those that training goes on for while it is on its way."""
-        return self.work_s + max(0.0, link.seconds(self.sent_bytes, self.hops) - overlapped_s)
+        """That it holds up training, which goes on for `overlapped_s` while a part is on its way."""
+        on_the_way_s = link.seconds(self.sent_bytes, self.hops) / self.parts
+        return self.work_s + self.parts * max(0.0, on_the_way_s - overlapped_s)
 
 
 def step_seconds(compute_s: float, sync: Sync, interval: int, link: Link, delay_steps: int = 0) -> float:
-    """Mean seconds of a step, of which every `interval`-th ends in a sync.
+    """Mean seconds of a step, in a run that syncs everything once in `interval` steps.
 
     Args:
         compute_s: of a step without a sync.
-        delay_steps: steps between a sync's departure and its application; 0 waits for it.
+        delay_steps: steps between a part's departure and its application; 0 waits for it.
+
+    Raises:
+        ValueError: a part would be on its way when the next one leaves.
     """
-    if interval < 1 or not 0 <= delay_steps <= interval:
-        raise ValueError(f"interval {interval}, delay_steps {delay_steps}: must be 1 <= interval >= delay_steps >= 0")
+    if not (interval >= 1 and 0 <= delay_steps * sync.parts <= interval):
+        raise ValueError(
+            f"interval {interval}, delay_steps {delay_steps}, parts {sync.parts}: must be 1 <= interval and "
+            "0 <= delay_steps x parts <= interval"
+        )
     return compute_s + sync.seconds(link, delay_steps * compute_s) / interval

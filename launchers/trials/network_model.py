@@ -26,11 +26,12 @@ class Case:
     compute_s: float
     sync: Sync
     interval: int
+    delay_steps: int
     measured_s: float
 
     def predicted_s(self, wire_bytes: float) -> float:
         link = Link(self.mbit_per_s * 1e6 / 8, wire_bytes=wire_bytes)
-        return step_seconds(self.compute_s, self.sync, self.interval, link)
+        return step_seconds(self.compute_s, self.sync, self.interval, link, self.delay_steps)
 
     def error(self, wire_bytes: float) -> float:
         """Of the prediction, relative to the measured step; below 0 it promised a faster one."""
@@ -38,15 +39,13 @@ class Case:
 
 
 def cases(points: list[Point], settings: Mapping[str, Setting]) -> list[Case]:
-    """What can be predicted: settings measured without a limit too, whose syncs wait for the link."""
+    """What can be predicted: settings that were measured without a limit too."""
     found = []
     for name, hosts in dict.fromkeys((point.setting, point.hosts) for point in points if point.ok):
         setting = settings[name]
         own = [point for point in points if point.ok and (point.setting, point.hosts) == (name, hosts)]
         free = [point for point in own if point.mbit_per_s is None]
-        if not free or setting.settle_steps:
-            continue
-        for rate in sorted({point.mbit_per_s for point in own if point.mbit_per_s is not None}):
+        for rate in sorted({point.mbit_per_s for point in own if point.mbit_per_s is not None}) if free else ():
             found.append(_case(setting, [point for point in own if point.mbit_per_s == rate], free))
     return found
 
@@ -59,17 +58,21 @@ def _case(setting: Setting, slow: list[Point], free: list[Point]) -> Case:
     if setting.period == 1:
         compute_s = step_s  # its averaging of gradients included
     sent = tx_bytes / TCP_HEADERS if ledger_bytes is None else ledger_bytes
-    sync = Sync(max(0.0, step_s - compute_s) * setting.period, sent * setting.period)
-    return Case(setting.name, slow[0].hosts, slow[0].mbit_per_s, compute_s, sync, setting.period, measured_s)
+    sync = Sync(max(0.0, step_s - compute_s) * setting.period, sent * setting.period, parts=setting.parts)
+    rate, period, delay_steps = slow[0].mbit_per_s, setting.period, setting.delay_steps
+    return Case(setting.name, slow[0].hosts, rate, compute_s, sync, period, delay_steps, measured_s)
 
 
 def fit_wire_bytes(fitted: list[Case]) -> float:
-    """Bytes on the wire for each byte sent, by least squares of the relative errors; at least 1."""
+    """Bytes on the wire for each byte sent, by least squares of the relative errors; at least 1.
+
+    Where training covers all that is on its way nothing tells: then it is what headers add.
+    """
     base = [case.predicted_s(1.0) for case in fitted]
     slope = [case.predicted_s(2.0) - one for case, one in zip(fitted, base, strict=True)]
     above = sum((c.measured_s - b) * s / c.measured_s**2 for c, b, s in zip(fitted, base, slope, strict=True))
     below = sum((s / c.measured_s) ** 2 for c, s in zip(fitted, slope, strict=True))
-    return max(1.0, 1.0 + above / below)
+    return max(1.0, 1.0 + above / below) if below else TCP_HEADERS
 
 
 def model_section(points: list[Point], settings: Mapping[str, Setting]) -> str:

@@ -28,6 +28,9 @@ class Setting:
     """Its DeepSpeed JSON; None for torchft's own."""
     torchft: Mapping[str, Any] | None = None
     settle_steps: int = 0
+    parts: int = 1
+    """Fragments that are synced at steps of their own, each `delay_steps` before it is applied."""
+    delay_steps: int = 0
     refusal: str = ""
     """What this version says of settings that it does not have."""
 
@@ -89,7 +92,8 @@ def _setting(line: dict[str, Any], path: Path) -> Setting:
         options = line["torchft"] or {}
         if "changes" in line or not isinstance(options, dict) or set(options) - _TORCHFT_KEYS:
             raise ValueError(f"{path}: {name!r}: `torchft` has {', '.join(sorted(_TORCHFT_KEYS))}, and no `changes`")
-        return Setting(name, options.get("sync_interval", 32), torchft=options, settle_steps=settle_steps)
+        parts, delay_steps = options.get("fragments", 1), options.get("delay_steps", 0)
+        return Setting(name, options.get("sync_interval", 32), None, options, settle_steps, parts, delay_steps)
     file = ROOT / "configs" / "ds" / f"{line['ds']}.json"
     if not file.exists():
         raise ValueError(f"{path}: {name!r}: there is no {file}")
@@ -109,7 +113,8 @@ def _with_deepspeed(name: str, config: dict[str, Any], settle_steps: int) -> Set
         return Setting(name, 1, config, settle_steps=settle_steps, refusal=" ".join(str(error).split()))
     # One replica of all ranks averages gradients, and its syncs send nothing.
     period = 1 if lordo.replica_size == "all" else max(lordo.sync_interval, *lordo.moment_sync_intervals)
-    return Setting(name, period, config, settle_steps=settle_steps)
+    streaming = lordo.streaming
+    return Setting(name, period, config, None, settle_steps, streaming.fragments, streaming.delay_steps)
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

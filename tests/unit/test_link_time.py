@@ -32,6 +32,14 @@ def test_a_sync_holds_training_up_for_what_training_does_not_cover() -> None:
     assert step_seconds(1.0, sync, 8, link, delay_steps=3) == 1.0 + 1.25 / 8
 
 
+def test_each_part_of_a_sync_is_covered_on_its_own() -> None:
+    link = Link(bytes_per_s=100.0, latency_s=0.5, wire_bytes=1.0)
+    sync = Sync(work_s=0.25, sent_bytes=400, hops=4, parts=2)  # 3 s on the way for each part
+    assert sync.seconds(link) == 0.25 + 6.0
+    assert step_seconds(1.0, sync, 8, link, delay_steps=2) == 1.0 + (0.25 + 2 * 1.0) / 8
+    assert step_seconds(1.0, sync, 8, link, delay_steps=4) == 1.0 + 0.25 / 8
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -40,6 +48,7 @@ def test_a_sync_holds_training_up_for_what_training_does_not_cover() -> None:
         (lambda: Link(1.0, -1.0), "latency_s -1: must be at least 0"),
         (lambda: Link(1.0, 0.0, 0.5), "wire_bytes 0.5: must be at least 1"),
         (lambda: step_seconds(1.0, Sync(0.0, 0.0), 4, Link(), delay_steps=5), "interval 4, delay_steps 5"),
+        (lambda: step_seconds(1.0, Sync(0.0, 0.0, parts=2), 4, Link(), delay_steps=3), "delay_steps 3, parts 2"),
         (lambda: step_seconds(1.0, Sync(0.0, 0.0), 0, Link()), "interval 0"),
     ],
 )

@@ -311,10 +311,19 @@ def test_the_model_is_fitted_at_every_other_rate_and_judged_at_those_between() -
     assert "| 5 Mbit/s |" not in text and "0.0% in the median, 0.0% at\nmost" in text
 
 
-def test_the_model_says_nothing_without_a_held_out_rate_or_where_syncs_overlap() -> None:
+def test_the_model_takes_off_what_training_covers() -> None:
+    points, _ = modelled(1.3)
+    (slow, *_) = cases(points, {"x": Setting("x", 8, parts=2, delay_steps=4)})
+    # On its way 2 x 0.832 s in 8 steps, of which 2 x 4 x 0.1 s are covered.
+    assert slow.predicted_s(1.3) == pytest.approx(0.1 + (0.8 + 2 * (0.832 - 0.4)) / 8)
+    (*_, fast) = cases(points, {"x": Setting("x", 8, parts=1, delay_steps=8)})
+    assert fast.predicted_s(2.0) == pytest.approx(0.2) and fit_wire_bytes([fast]) == 1514 / 1448
+
+
+def test_the_model_says_nothing_without_a_held_out_rate_or_a_measurement_without_a_limit() -> None:
     points, settings = modelled(1.3)
     assert not model_section([point for point in points if point.mbit_per_s != 10.0][1:], settings)
-    assert not cases(points, {"x": Setting("x", 8, settle_steps=8)}) and not cases(points[:3], settings)
+    assert not cases(points[:3], settings)
 
 
 def test_bytes_of_methods_that_count_none_are_those_of_the_interface() -> None:
