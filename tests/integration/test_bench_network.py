@@ -33,7 +33,7 @@ TABLE = """
   changes: {optimizer: {params: {pseudo_gradient_dtype: int3}}}
 """
 
-pytestmark = [pytest.mark.deepspeed, pytest.mark.megatron, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.megatron]
 
 
 @pytest.fixture(scope="module", autouse=True)
