@@ -35,7 +35,7 @@ def sliced_facts(fact: ParameterFacts, placements: Mapping[str, Any], slices: in
         return fact
     dim = _dim_of(placement)
     if dim is None:
-        raise ConfigError(f"LoRDO: {fact.name} is {placement} over the tensor-parallel ranks: use Shard or Replicate")
+        raise ConfigError(f"LoRDO: {fact.name} is {placement!r} over the tensor-parallel ranks: use Shard or Replicate")
     if fact.shape[dim] % slices:
         raise ConfigError(
             f"LoRDO: dimension {dim} of {fact.name} {fact.shape} is sliced over {slices} tensor-parallel ranks and no "
