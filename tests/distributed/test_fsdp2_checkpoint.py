@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from lordo_ds import CheckpointError, LoRDO
+from lordo_ds import CheckpointError, LoRDO, replica_mesh
 from tests import sharded
 from tests.cases import run_cases
 from tests.ranks import run_ranks
@@ -41,12 +41,15 @@ LAYOUTS = [(2, 2, 1), (1, 3, 1), (2, 1, 2), (1, 2, 2)]  # replicas, shards, tens
 
 
 class Run:
-    """A model on its mesh, and its optimizer; weights start at what is given plus `shift`."""
+    """A model on its mesh and its optimizer; weights start at what is given plus `shift`. 0 shards: it stays whole."""
 
     def __init__(
         self, shards: int, tensor: int, shift: float = 0.0, dtype: torch.dtype = torch.float32, **settings: Any
     ) -> None:
-        self.model, mesh = sharded.replicas_of(shards, tensor, dtype)
+        if shards:
+            self.model, mesh = sharded.replicas_of(shards, tensor, dtype)
+        else:
+            self.model, mesh, shards = sharded.Weights(dtype), replica_mesh("cpu"), 1
         self.replica, self.shard, self.index = sharded.place_of(mesh)
         self.shards, self.tensor, self.dtype = shards, tensor, dtype
         with torch.no_grad():
@@ -132,12 +135,12 @@ OWNERS = {"pseudo_gradient_dtype": "int8", "outer": {"momentum": 0.7, "orthogona
 
 @pytest.mark.parametrize(
     ("replicas", "shards", "tensor", "settings"),
-    [*((*layout, {}) for layout in LAYOUTS), (2, 2, 1, OWNERS), (2, 1, 2, OWNERS)],
+    [*((*layout, {}) for layout in [*LAYOUTS, (2, 0, 1)]), (2, 2, 1, OWNERS), (2, 1, 2, OWNERS)],
 )
 def test_a_run_goes_on_bitwise(
     tmp_path: Path, replicas: int, shards: int, tensor: int, settings: dict[str, Any]
 ) -> None:
-    world = replicas * shards * tensor
+    world = replicas * max(1, shards) * tensor
     found = run_ranks(resumed, world, str(tmp_path), shards, tensor, **settings, timeout_s=120)
     for one in found:
         assert not one["loaded"] and not one["loaded at once"]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import lordo_ds
 from lordo_ds import LoRDO
 from tests.cases import Found, once, run_cases
+from tests.distributed.test_alone import messages
 from tests.ranks import run_ranks
 from tests.sharded import whole
 
@@ -278,3 +279,19 @@ def test_a_replica_with_one_shard_that_is_not_finite_is_left_out_and_takes_over(
     for one in found:
         assert one["finite"] and one["status"]["syncs_left_out_by_replica"] == [0, 1]
         assert all(torch.equal(one["synced"][name], found[0]["synced"][name]) for name in one["synced"])
+
+
+def given_equal_data() -> list[str]:
+    model = lordo_ds.shard_model(gpt(Case()), mesh := lordo_ds.replica_mesh("cpu", shards=2))
+    with messages() as said:
+        for seed in (0, dist.get_rank() // 2):
+            optimizer = LoRDO(model, mesh=mesh, **SETTINGS)
+            optimizer.zero_grad()
+            model(torch.randint(0, 13, (3, 5), generator=torch.Generator().manual_seed(seed))).backward()
+            optimizer.step()
+    return [line for line in said if "equal to the bit" in line]
+
+
+def test_gradients_that_are_equal_on_all_replicas_are_pointed_out() -> None:
+    first, *others = run_ranks(given_equal_data, 4, timeout_s=60)
+    assert len(first) == 1 and "the first gradients of all replicas are equal" in first[0] and not any(others)
