@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from lordo_ds.adapters.fsdp2.clip import clip_grad_norm_
-from lordo_ds.adapters.fsdp2.mesh import replica_mesh, shard_model
+from lordo_ds.adapters.fsdp2.mesh import replica_group, replica_mesh, shard_model
 from lordo_ds.config import LordoConfig
 from lordo_ds.errors import CheckpointError, ConfigError, SyncError
 from lordo_ds.handle import data_sampler, hook
@@ -34,6 +34,7 @@ __all__ = [
     "hook",
     "load_checkpoint",
     "register",
+    "replica_group",
     "replica_mesh",
     "save_checkpoint",
     "shard_model",

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from lordo_ds import CheckpointError, LoRDO, replica_mesh
+from lordo_ds import CheckpointError, LoRDO, replica_group, replica_mesh
 from tests import sharded
 from tests.cases import run_cases
 from tests.ranks import run_ranks
@@ -47,15 +47,15 @@ class Run:
         self, shards: int, tensor: int, shift: float = 0.0, dtype: torch.dtype = torch.float32, **settings: Any
     ) -> None:
         if shards:
-            self.model, mesh = sharded.replicas_of(shards, tensor, dtype)
+            self.model, self.mesh = sharded.replicas_of(shards, tensor, dtype)
         else:
-            self.model, mesh, shards = sharded.Weights(dtype), replica_mesh("cpu"), 1
-        self.replica, self.shard, self.index = sharded.place_of(mesh)
+            self.model, self.mesh, shards = sharded.Weights(dtype), replica_mesh("cpu"), 1
+        self.replica, self.shard, self.index = sharded.place_of(self.mesh)
         self.shards, self.tensor, self.dtype = shards, tensor, dtype
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(shift)
-        self.optimizer = LoRDO(self.model, mesh=mesh, **{**SETTINGS, **settings})
+        self.optimizer = LoRDO(self.model, mesh=self.mesh, **{**SETTINGS, **settings})
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last + 1):
@@ -69,9 +69,9 @@ class Run:
 
     def where(self, folder: str) -> dict[str, Any]:
         """A folder of the replica, and its ranks."""
-        assert self.optimizer.sync is not None
-        inside = self.optimizer.sync.inside.everyone.group
-        return {"checkpoint_id": Path(folder, f"replica_{self.replica}"), "process_group": inside}
+        group = replica_group(self.mesh)
+        assert dist.get_world_size(group) == self.shards * self.tensor
+        return {"checkpoint_id": Path(folder, f"replica_{self.replica}"), "process_group": group}
 
     def save(self, folder: str) -> None:
         model, optimizer = get_state_dict(self.model, self.optimizer)

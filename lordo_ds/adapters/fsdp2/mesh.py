@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import nn
 
+from lordo_ds.comm.groups import make_groups
 from lordo_ds.errors import ConfigError
 
 NAMES = ("replica", "shard", "tensor")
@@ -46,6 +47,19 @@ def replica_mesh(device_type: str, shards: int = 1, tensor: int = 1) -> Any:
     sizes = (world // (shards * tensor), shards, tensor)
     dims = 3 if tensor > 1 else 2
     return init_device_mesh(device_type, sizes[:dims], mesh_dim_names=NAMES[:dims])
+
+
+def replica_group(mesh: Any) -> dist.ProcessGroup:
+    """The process group of all ranks of this rank's replica, for what each replica does alone, such as saving.
+
+    Collective over all ranks, at the first call for a mesh.
+    """
+    here = mesh.get_coordinate()
+    if here is None or "replica" not in (mesh.mesh_dim_names or ()):
+        raise ConfigError(f"LoRDO: the mesh {mesh} has no replicas, or not this rank: make it with replica_mesh")
+    dim = mesh.mesh_dim_names.index("replica")
+    ranks = mesh.mesh.select(dim, here[dim]).flatten().tolist()
+    return make_groups([sorted(ranks)])[0]
 
 
 def shard_model(model: _Model, mesh: Any, blocks: Iterable[nn.Module] = (), **options: Any) -> _Model:
