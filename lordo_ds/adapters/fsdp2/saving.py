@@ -69,7 +69,7 @@ def pack(state_dict: dict[str, Any], held: Held, roles_of: Callable[[Tensor], li
     """
     first, *others = state_dict["param_groups"]
     packed = {index: dict(entries) for index, entries in state_dict["state"].items()}
-    for index, (tensor, fragments) in enumerate(held.of_tensor.items()):
+    for index, (tensor, fragments) in enumerate(held.of_tensor.items()):  # in the order of the groups
         if is_distributed(tensor):
             for fragment in fragments:
                 packed[index][fragment.plan.name] = _packed(fragment, tensor, roles_of(tensor))
