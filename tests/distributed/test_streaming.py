@@ -20,9 +20,17 @@ from tests.cases import Found, once, run_cases
 
 pytestmark = pytest.mark.distributed
 
-STEPS = 23
+STEPS = 17
 DTYPE = torch.float64
-BASE = {"lr": 1e-2, "eps": 1e-2, "weight_decay": 0.1, "rank": 3, "sync_interval": 10, "max_left_out_syncs": "never"}
+BASE: dict[str, Any] = {
+    "lr": 1e-2,
+    "eps": 1e-2,
+    "weight_decay": 0.1,
+    "rank": 3,
+    "sync_interval": 7,
+    "max_nonfinite_syncs": 99,
+    "max_left_out_syncs": "never",
+}
 MODES: dict[str, dict[str, Any]] = {
     "paper": {},
     "recommended": {"preset": "recommended"},
@@ -30,15 +38,15 @@ MODES: dict[str, dict[str, Any]] = {
     "owners": {"preset": "recommended", "outer": {"compute": "owner"}, "moment_sync_interval": [10, 20]},
     "owners_int8": {"pseudo_gradient_dtype": "int8", "outer": {"lr": 0.7, "momentum": 0.7, "compute": "owner"}},
     "momentum": {"outer": {"lr": 0.7, "momentum": 0.7}, "average_dense_moments": True, "error_feedback": "fp32"},
-    "warm_up": {"sync_warmup_steps": 4, "moment_sync_interval": [10, 20], "qh_mode": "factored"},
+    "warm_up": {"sync_warmup_steps": 4, "moment_sync_interval": [7, 14], "qh_mode": "factored"},
     "local": {"projection": "local", "qh_mode": "factored"},
     "local_int8": {"projection": "local", "pseudo_gradient_dtype": "int8"},
     "complement": {"basis_source": "complement", "error_feedback": "fp32", "basis_update": "svd"},
     "no_moments": {"moment_sync_interval": "never"},
 }
-SHAPES = [(1, 1), (1, 3), (2, 0), (2, 1), (3, 0), (3, 1), (3, 3)]  # fragments, delay
+SHAPES = [(1, 1), (1, 3), (2, 0), (2, 1), (2, 3), (3, 0), (3, 1)]  # fragments, delay
 # The first three modes in every shape, the others in two.
-CASES = [(mode, *shape) for i, mode in enumerate(MODES) for shape in (SHAPES if i < 3 else [(2, 1), (3, 3)])]
+CASES = [(mode, *shape) for i, mode in enumerate(MODES) for shape in (SHAPES if i < 3 else [(2, 3), (3, 1)])]
 Faults = frozenset[tuple[int, int]]  # (attempted step, replica)
 
 
@@ -63,6 +71,7 @@ def farthest(settings: dict[str, Any], skips: Faults, nans: Faults) -> dict[str,
     plans = plan_parameters(config, problems.facts())
     reference = Reference(config, plans, [problems.initial_weights(DTYPE) for _ in range(replicas)])
     worst = {"weight": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "step": 0.0, "executed": 0.0}
+    returned = 0
     for step in range(1, STEPS + 1):
         gradients: list[Any] = []
         for m in range(replicas):
@@ -75,6 +84,7 @@ def farthest(settings: dict[str, Any], skips: Faults, nans: Faults) -> dict[str,
             optimizer.step()
         optimizer.end_attempt()
         reference.step(gradients)
+        returned += optimizer.synced and optimizer.last_report.returned_to_anchor  # type: ignore[union-attr]
         worst["executed"] += abs(optimizer.executed_steps - reference.executed[replica])
         for name, parameter in named:
             kept, S = optimizer.state[parameter][name], reference.state[replica][name]
@@ -90,14 +100,15 @@ def farthest(settings: dict[str, Any], skips: Faults, nans: Faults) -> dict[str,
                 worst[key] = max(worst[key], float(off.nan_to_num(nan=1e9).max()))
             worst["step"] += abs(kept["step"] - S["t"])
     assert optimizer.sync is not None
-    return {**worst, "syncs": optimizer.sync.syncs, "left_out": optimizer.sync.left_out_syncs}
+    return {**worst, "syncs": optimizer.sync.syncs, "left_out": optimizer.sync.left_out_syncs, "returned": returned}
 
 
 def drawn_faults(seed: int, replicas: int) -> tuple[Faults, Faults]:
     draw = random.Random(seed)
     everywhere = [(step, m) for step in range(1, STEPS + 1) for m in range(replicas)]
     skips = frozenset(one for one in everywhere if draw.random() < 0.2)
-    nans = frozenset((step, m) for step, m in everywhere if m == 1 and draw.random() < 0.1)
+    # Of two replicas at once every other time: too few are left then.
+    nans = frozenset((step, m) for step, m in everywhere if m in (1, 1 + seed % 2) and draw.random() < 0.1)
     return skips, nans
 
 
@@ -122,7 +133,7 @@ def with_faults() -> Found[Any]:
 
 def require_near(found: list[dict[str, float]]) -> None:
     for one in found:
-        off = {key: value for key, value in one.items() if key not in ("syncs", "left_out")}
+        off = {key: value for key, value in one.items() if key not in ("syncs", "left_out", "returned")}
         assert all(value < 1e-6 for value in off.values()), off
 
 
@@ -143,6 +154,7 @@ def test_skipped_steps_and_replicas_that_are_not_finite_follow_the_reference(cas
     require_near(with_faults()[case])
 
 
-def test_the_faults_leave_replicas_out() -> None:
+def test_the_faults_leave_replicas_out_and_sometimes_too_few_in() -> None:
     found = with_faults()
-    assert sum(found[case][0]["left_out"] for case in found) > len(CASES)
+    assert sum(found[case][0]["left_out"] for case in found) > len(CASES) // 2
+    assert sum(found[case][0]["returned"] for case in found) > 3

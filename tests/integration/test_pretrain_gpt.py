@@ -232,6 +232,24 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_by_bit(
     assert again == expected
 
 
+def test_a_run_that_is_saved_with_a_sync_in_flight_resumes_bit_by_bit(home: Path) -> None:
+    """The sync that begins at step 4 would land at step 7; the save after step 6 lands it, and its rows and bytes.
+
+    So does the save after step 12, which both runs make: a save is a step of the trajectory.
+    """
+    config, saves = settings(lordo(streaming={"delay_steps": 3})), ("--save-interval", str(SAVED_AT))
+    expected = train(home, config, "streaming", *saves)
+    part = home / "streaming-resumed"
+    shutil.copytree(home / "streaming", part)
+    (part / "checkpoints" / "latest").write_text(f"global_step{SAVED_AT}")
+    again = train(home, config, part.name, *saves, "--resume")
+    for row in (*again, *expected):
+        del row["tokens_per_s"]
+    assert again == expected
+    # Row 1 holds start-up and first basis; what the saves landed is in rows 6 and 12.
+    assert [row["step"] for row in expected if row["bytes_replica"]] == [1, SAVED_AT, 11, 2 * SAVED_AT, STEPS]
+
+
 def test_every_optimizer_starts_from_the_same_weights_on_the_same_data(
     lordo_run: Path, adamw_rows: list[dict[str, Any]]
 ) -> None:
