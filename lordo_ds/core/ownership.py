@@ -25,8 +25,9 @@ def at_owners(config: LordoConfig, replicas: int, changing: bool = False) -> boo
     """Whether each matrix's outer step, and the refresh of its basis, run on one replica, its owner, or on all.
 
     Owners divide the work, and the outer momentum, by the number of replicas, and send the bases: at 1/8 of the smaller
-    side in fp32 a twentieth more bytes. By itself only orthogonalizing is work enough, and of two replicas each would
-    still do half of it; where replicas come and go the momentum of those that go would be lost.
+    side in fp32 a twentieth more bytes, and a quarter more on an int8 wire. By itself only orthogonalizing is work
+    enough, on a wire of 16 bits or more; of two replicas each would still do half of it; where replicas come and go the
+    momentum of those that go would be lost.
 
     Args:
         changing: replicas come and go.
@@ -36,7 +37,8 @@ def at_owners(config: LordoConfig, replicas: int, changing: bool = False) -> boo
     if config.outer.compute != "auto":
         return config.outer.compute == "owner"
     shared = config.projection == "global" and config.basis_source != "gradient"
-    return shared and config.outer.orthogonalize and replicas > 2 and not changing
+    wide = config.pseudo_gradient_dtype in ("fp32", "bf16")
+    return shared and wide and config.outer.orthogonalize and replicas > 2 and not changing
 
 
 def owned_segments(

@@ -76,6 +76,8 @@ def test_the_other_parameters_fill_up_equal_shares() -> None:
         ({}, 8, False),
         ({"preset": "recommended"}, 4, True),
         ({"preset": "recommended"}, 2, False),
+        ({"preset": "recommended", "pseudo_gradient_dtype": "bf16"}, 4, True),
+        ({"preset": "recommended", "pseudo_gradient_dtype": "int8"}, 4, False),
         ({"preset": "recommended", "projection": "local"}, 4, False),
         ({"preset": "recommended", "outer": {"compute": "everyone"}}, 4, False),
         ({"outer": {"compute": "owner"}}, 2, True),
