@@ -93,7 +93,8 @@ class PartSync:
         Raises:
             SyncError: the replicas differ where they must not, or too few were finite too many times in a row.
         """
-        report, shares = departure.report, Shares()
+        # Also of a rank that holds nothing of this fragment, as a stage may.
+        report, shares = departure.report, Shares(of_owned=self.bucket_sync.work_at_owners)
         headers, steps, fit = self._exchange_headers(departure)
         participants = self.faults.participants(fit, report)
         report.participants = len(participants)
