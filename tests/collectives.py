@@ -64,7 +64,7 @@ class Record:
     `ranks` are global and sorted: the group's, or the two ends of a send or recv. `payload_bytes` is the
     local input (for a recv, a broadcast or a scatter on other ranks than the source: the local buffer), not
     what the algorithm puts on the wire. `where` is the caller: file, line and function outside torch and
-    `deepspeed.comm`.
+    `deepspeed.comm`. `kept_bytes` are the part of an all-to-all's input that is this rank's own.
     """
 
     op: str
@@ -72,6 +72,7 @@ class Record:
     payload_bytes: int
     phase: str
     where: str
+    kept_bytes: int = 0
 
 
 class CollectiveCounter:
@@ -141,7 +142,11 @@ class CollectiveCounter:
             if method in _PEER_METHODS:
                 ranks = [dist.get_rank(), dist.get_global_rank(group, values[1])]
             public_op, where = _caller(op)
-            self.records.append(Record(public_op, tuple(sorted(set(ranks))), payload_bytes, self._phase, where))
+            kept_bytes = 0
+            if op == "all_to_all_single":  # of flat tensors
+                kept_bytes = values[3][dist.get_rank(group)] * values[1].element_size()
+            known = tuple(sorted(set(ranks))), payload_bytes, self._phase, where, kept_bytes
+            self.records.append(Record(public_op, *known))
             return original(group, *args, **kwargs)
 
         return recorded

@@ -103,7 +103,7 @@ def changed(tag: Path, change: Callable[[Any], None]) -> None:
 
 
 def newer_state(tag: Path) -> None:
-    changed(tag, lambda state: state["lordo"].update(format=3))
+    changed(tag, lambda state: state["lordo"].update(format=4))
 
 
 def older_state(tag: Path) -> None:
@@ -152,8 +152,8 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     newer_list: "complete.json: format 2 is not 1: install a newer lordo_ds",
     garbled_list: "complete.json is damaged",
     replica_missing: "is missing, which complete.json lists",
-    newer_state: "format 3 is not 2: install a newer lordo_ds",
-    older_state: "format 1 is not 2: load it with the version that saved it",
+    newer_state: "format 4 is not 3: install a newer lordo_ds",
+    older_state: "format 1 is not 3: load it with the version that saved it",
     garbled_state: "is damaged: mesh.shards",
     others_state: "was not saved by LoRDO",
     tensor_missing: "tall has no 'exp_avg'",

@@ -243,6 +243,12 @@ def bytes_between_and_at_syncs(optimizer: dict[str, Any], rows: bool) -> list[tu
             crossing = [r for r in counter.crossing(lambda rank: rank) if r.phase == f"step {step}"]
             counted = 0
             for record in crossing:
+                if record.op == "all_to_all_single":
+                    counted += record.payload_bytes - record.kept_bytes
+                    continue
+                if record.op == "broadcast":  # replica 0's first bases, where the owners compute
+                    counted += record.payload_bytes * (replicas - 1) * (dist.get_rank() == 0)
+                    continue
                 assert record.op in ("all_reduce", "all_gather_into_tensor"), record
                 factor = 2 * (replicas - 1) / replicas if record.op == "all_reduce" else replicas - 1
                 counted += round(record.payload_bytes * factor)
@@ -261,6 +267,8 @@ def bytes_between_and_at_syncs(optimizer: dict[str, Any], rows: bool) -> list[tu
     [
         ({}, True),
         ({"preset": "recommended", "pseudo_gradient_dtype": "bf16"}, False),
+        ({"preset": "recommended", "pseudo_gradient_dtype": "int4"}, False),
+        ({"moment_sync_interval": [3, 6], "outer": {"momentum": 0.7, "compute": "owner"}}, True),
         ({"moment_sync_interval": "never", "average_dense_moments": True}, True),
         ({"basis_source": "gradient", "low_rank": {"exclude": ["bias"]}}, False),
     ],
