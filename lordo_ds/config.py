@@ -132,16 +132,18 @@ class WireThrottle(_Block):
     latency_ms: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
+# What the project's own measurements support best (docs/results/claims.md).
+_RECOMMENDED: dict[str, Any] = {
+    "qh_mode": "factored",
+    "omega": 0.9,
+    "residual_weight": 0.25,
+    "outer": {"lr": 1.0, "momentum": 0.7, "nesterov": True, "orthogonalize": True, "residual_gain": 2.0},
+}
 PRESETS: dict[str, dict[str, Any]] = {
-    # The published form of LoRDO (arXiv 2602.04396).
-    "paper": {},
-    # What the project's own measurements support best (docs/results/claims.md).
-    "recommended": {
-        "qh_mode": "factored",
-        "omega": 0.9,
-        "residual_weight": 0.25,
-        "outer": {"lr": 1.0, "momentum": 0.7, "nesterov": True, "orthogonalize": True, "residual_gain": 2.0},
-    },
+    "paper": {},  # the published form of LoRDO (arXiv 2602.04396)
+    "recommended": _RECOMMENDED,
+    # With the fewest bytes that cost no loss in docs/results/wire.md.
+    "slow_link": {**_RECOMMENDED, "pseudo_gradient_dtype": "int8"},
 }
 
 
@@ -161,7 +163,7 @@ class LordoConfig(_Block):
     moment_sync_interval: StrictInt | tuple[StrictInt, StrictInt] | Literal["never"] | None = None
     replica_size: Annotated[StrictInt, Field(ge=1)] | Literal["node", "all"] = 1
     projection: Literal["global", "local"] = "global"
-    preset: Literal["paper", "recommended"] = "paper"
+    preset: Literal["paper", "recommended", "slow_link"] = "paper"
     qh_mode: Literal["full_rank", "factored", "low_rank", "none"] = "full_rank"
     omega: Annotated[float, Field(ge=0, le=1)] = 0.5
     residual_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None

@@ -293,7 +293,10 @@ def test_the_presets_set_their_keys_and_keys_beside_a_preset_win() -> None:
     local = LordoConfig.parse({"preset": "recommended", "projection": "local"})
     assert local.outer == OuterOptimizer(lr=1.0, momentum=0.7, orthogonalize=True)
     assert LordoConfig.parse({"preset": "paper"}) == LordoConfig.parse({})
-    assert set(PRESETS) == {"paper", "recommended"}
+    slow_link = LordoConfig.parse({"preset": "slow_link", "omega": 0.8})
+    assert (slow_link.pseudo_gradient_dtype, slow_link.qh_mode, slow_link.omega) == ("int8", "factored", 0.8)
+    assert slow_link.outer == recommended.outer and recommended.pseudo_gradient_dtype == "fp32"
+    assert set(PRESETS) == {"paper", "recommended", "slow_link"}
 
 
 def test_an_illegal_key_beside_a_preset_is_named_not_the_presets() -> None:
