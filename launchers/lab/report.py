@@ -148,7 +148,7 @@ def by_seed(lines: list[Line], reference: Line) -> str:
         body.append([*cells, *compared])
     return (
         'Perplexities are compared seed by seed: the mean, ± the standard deviation over seeds. "Undecided": the limit '
-        "is within a standard error of the mean, or there is one seed.\n\n" + markdown(head, body)
+        "is within two standard errors of the mean.\n\n" + markdown(head, body)
     )
 
 

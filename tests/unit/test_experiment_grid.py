@@ -196,7 +196,7 @@ def test_the_table_by_seed_has_bytes_a_step_and_pairs_the_perplexities() -> None
     assert found["adamw"][1:3] == ["10", "1/50.0"]
     assert found["adamw"][-2:] == ["+1.00% ± 1.00", "undecided"]
     one_seed = compared({"paper": [2.0, 2.2, 2.1], "adamw": [2.0 + math.log(1.01)]})
-    assert one_seed["adamw"][3:] == ["2.0100", "", "", "+1.00%", "undecided"]
+    assert one_seed["adamw"][3:] == ["2.0100", "", "", "+1.00%", "one seed"]
     diverged = compared({"paper": [2.0, 2.2, 2.1], "adamw": [2.0, math.inf, 2.1]})
     assert diverged["adamw"][-2:] == ["diverged", "no"]
 
@@ -204,7 +204,10 @@ def test_the_table_by_seed_has_bytes_a_step_and_pairs_the_perplexities() -> None
 def test_a_mean_is_at_most_a_limit_only_where_its_error_leaves_no_doubt() -> None:
     assert at_most(0.5, [0.1, 0.2, 0.3]) == "yes" and at_most(0.5, [-3.0, -2.0, -1.0]) == "yes"
     assert at_most(0.5, [0.8, 0.9, 1.0]) == "no"
-    assert at_most(0.5, [0.2, 0.7, 0.5]) == at_most(0.5, [0.4, 0.9, 0.6]) == at_most(0.5, [0.1]) == "undecided"
+    assert at_most(0.5, [0.2, 0.7, 0.5]) == at_most(0.5, [0.4, 0.9, 0.6]) == "undecided"
+    # One standard error would decide these.
+    assert at_most(0.5, [0.0, 0.2, 0.7]) == at_most(0.5, [0.6, 0.7, 1.2]) == "undecided"
+    assert at_most(0.5, [0.1]) == at_most(0.5, [9.0]) == "one seed"
 
 
 def test_variants_are_named_by_what_varies() -> None:
