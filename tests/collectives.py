@@ -144,7 +144,9 @@ class CollectiveCounter:
             public_op, where = _caller(op)
             kept_bytes = 0
             if op == "all_to_all_single":  # of flat tensors
-                kept_bytes = values[3][dist.get_rank(group)] * values[1].element_size()
+                kept_bytes = payload_bytes // len(ranks)  # equal shares, where none are given
+                if len(values) > 3 and values[3]:
+                    kept_bytes = values[3][dist.get_rank(group)] * values[1].element_size()
             known = tuple(sorted(set(ranks))), payload_bytes, self._phase, where, kept_bytes
             self.records.append(Record(public_op, *known))
             return original(group, *args, **kwargs)

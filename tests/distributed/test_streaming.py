@@ -35,7 +35,7 @@ MODES: dict[str, dict[str, Any]] = {
     "paper": {},
     "recommended": {"preset": "recommended"},
     "int8": {"pseudo_gradient_dtype": "int8", "preset": "recommended"},
-    "owners": {"preset": "recommended", "outer": {"compute": "owner"}, "moment_sync_interval": [10, 20]},
+    "owners": {"preset": "recommended", "outer": {"compute": "owner"}},
     "owners_int8": {"pseudo_gradient_dtype": "int8", "outer": {"lr": 0.7, "momentum": 0.7, "compute": "owner"}},
     "momentum": {"outer": {"lr": 0.7, "momentum": 0.7}, "average_dense_moments": True, "error_feedback": "fp32"},
     "warm_up": {"sync_warmup_steps": 4, "moment_sync_interval": [7, 14], "qh_mode": "factored"},
