@@ -7,12 +7,14 @@ gradients here have a spectrum with clear gaps, equal on all replicas up to a re
 from __future__ import annotations
 
 import functools
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import Tensor
 
 from lordo_ds.core.grouping import ParameterFacts
 
+Places = AbstractSet[tuple[int, int]]  # (attempted step, replica)
 SHAPES = {"tall": (20, 6), "long": (60, 5), "wide": (5, 16), "square": (8, 8), "small": (2, 7), "bias": (9,)}
 
 
@@ -34,6 +36,17 @@ def _common_sides(index: int, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     k = min(shape)
     left, right = (torch.linalg.qr(torch.randn(side, k, generator=generator, dtype=torch.float64)).Q for side in shape)
     return left, right
+
+
+def faulty_gradients(
+    step: int, replicas: int, dtype: torch.dtype, skips: Places, nans: Places
+) -> list[dict[str, Tensor] | None]:
+    """Those of every replica: None where it skips the step, not finite where `nans` says."""
+    found: list[dict[str, Tensor] | None] = []
+    for m in range(replicas):
+        scale = float("nan") if (step, m) in nans else 1.0
+        found.append(None if (step, m) in skips else {n: scale * g for n, g in gradients(step, m, dtype).items()})
+    return found
 
 
 def gradients(step: int, replica: int, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -126,6 +126,23 @@ def launched(
         yield {name: pool.submit(run, folders[name], *cases[name][1], world=cases[name][0]) for name in names}
 
 
+def fixtures_of(cases: Mapping[str, tuple[int, tuple[Any, ...]]]) -> tuple[Any, Any]:
+    """The fixtures `launches` and `ends` of a test file: `ends` is parametrized indirectly by the name of a case."""
+
+    @pytest.fixture(scope="module")
+    def launches(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> Iterator[dict[str, Future[list[End]]]]:
+        with launched(request, tmp_path_factory, cases) as futures:
+            yield futures
+
+    @pytest.fixture
+    def ends(request: pytest.FixtureRequest, launches: dict[str, Future[list[End]]]) -> list[End]:
+        return launches[request.param].result()
+
+    return launches, ends
+
+
 def _only_stopped_are_left(processes: list[Any]) -> bool:
     left = [p.pid for p in processes if p.exitcode is None]
     try:

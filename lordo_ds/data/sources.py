@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from lordo_ds.data.corpus import DataError, Extent, documents_of, is_jsonl
 from lordo_ds.data.tables import HUB, ParquetFile, open_hub
-from lordo_ds.data.units import Source, Unit
+from lordo_ds.data.units import OneFile, Source, Unit
 
 _PARQUET = ".parquet"
 _PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".lz4", ".7z", ".tar")
@@ -49,22 +49,12 @@ def _open(name: str, key: str) -> Source:
 
 
 @dataclass(frozen=True)
-class LinesFile:
+class LinesFile(OneFile):
     """A text file, whose documents end at blank lines, or a jsonl file of one document per line."""
-
-    path: Path
-    key: str
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
 
     @property
     def kind(self) -> str:
         return f"jsonl, key {self.key}" if is_jsonl(self.path) else "text"
-
-    def paths(self) -> tuple[Path, ...]:
-        return (self.path,)
 
     def units(self, unit_bytes: int) -> list[Unit]:
         size = self.path.stat().st_size

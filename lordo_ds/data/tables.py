@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lordo_ds.data.corpus import DataError
-from lordo_ds.data.units import Unit, size_bytes
+from lordo_ds.data.units import OneFile, Unit, size_bytes
 
 HUB = "hf:"
 _ROWS_AT_ONCE = 1024
@@ -22,22 +22,12 @@ _EXTRA = "pip install 'lordo_ds[data]'"
 
 
 @dataclass(frozen=True)
-class ParquetFile:
+class ParquetFile(OneFile):
     """A parquet file with a column of strings; its units are whole row groups."""
-
-    path: Path
-    key: str
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
 
     @property
     def kind(self) -> str:
         return f"parquet, column {self.key}"
-
-    def paths(self) -> tuple[Path, ...]:
-        return (self.path,)
 
     def _opened(self) -> Any:
         try:

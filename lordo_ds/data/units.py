@@ -43,6 +43,21 @@ class Source(Protocol):
         """The documents of a unit that are not white space alone."""
 
 
+@dataclass(frozen=True)
+class OneFile:
+    """A source that is one file, but for how it is read; `key` is where its records have the text."""
+
+    path: Path
+    key: str
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def paths(self) -> tuple[Path, ...]:
+        return (self.path,)
+
+
 def size_bytes(source: Source) -> int:
     return sum(path.stat().st_size for path in source.paths())
 

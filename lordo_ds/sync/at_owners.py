@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lordo_ds.comm.wire import ReplicaWire
 from lordo_ds.config import LordoConfig
-from lordo_ds.core.codec import Codec, codec_of
+from lordo_ds.core.codec import codec_of
 from lordo_ds.core.finite import all_finite
 from lordo_ds.core.inner import rotate_moments_
 from lordo_ds.core.ownership import Segment
@@ -39,10 +39,10 @@ OfOneKind = tuple[str, list[Tensor], Owned]  # moments that are averaged, as vec
 class AtOwners:
     """Collective across replicas; inside each of them over the ranks that hold parts of the matrices it owns."""
 
-    def __init__(self, config: LordoConfig, bases: Bases, outer_step: OuterStep, codec: Codec) -> None:
+    def __init__(self, config: LordoConfig, bases: Bases, outer_step: OuterStep, legs: TwoLegs) -> None:
         self.config, self.bases, self.outer_step = config, bases, outer_step
         self.shard = bases.inside.shard
-        self.legs, self.exact = TwoLegs(codec), TwoLegs(codec_of("fp32"))
+        self.legs, self.exact = legs, TwoLegs(codec_of("fp32"))
 
     def run_(
         self,

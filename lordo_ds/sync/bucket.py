@@ -35,7 +35,7 @@ class BucketSync:
         self.outer_step = OuterStep(config, inside)
         self.codec = codec_of(config.pseudo_gradient_dtype)
         self.legs = TwoLegs(self.codec)
-        self.at_owners = AtOwners(config, bases, self.outer_step, self.codec)
+        self.at_owners = AtOwners(config, bases, self.outer_step, self.legs)
         self.work_at_owners = False  # `OuterSync.share_out` says
 
     def run_(self, bucket: Sequence[Fragment], steps: Tensor, who: Round, wire: ReplicaWire, shares: Shares) -> None:

@@ -147,9 +147,8 @@ class OuterSync:
         owners = at_owners(self.config, self.wire.replicas, self.members.changing)
         for part in (self.whole, *self.streaming.all_parts):
             part.bucket_sync.work_at_owners = part.bases.at_owners = owners
-        codec = codec_of(self.config.pseudo_gradient_dtype)
-        lossy = codec.block if codec.lossy and not self._alone else 0
-        share_out_(self.config, self.buckets, (self.wire.index, self.wire.replicas), owners, lossy)
+        lossy = codec_of(self.config.pseudo_gradient_dtype).lossy and not self._alone
+        share_out_(self.config, self.buckets, self.wire, owners, lossy)
 
     def _equalise(self, group: Comm) -> bool:
         """Give all ranks of the group the weights of the first; whether they were equal before."""

@@ -82,14 +82,11 @@ def first_difference(settings: dict[str, Any], skips: Faults, nans: Faults, loss
     reference = Reference(config, plans, [problems.initial_weights(DTYPE) for _ in range(replicas)])
     found = ""
     for step in range(1, STEPS + 1):
-        gradients: list[Any] = []
-        for m in range(replicas):
-            scale = float("nan") if (step, m) in nans else 1.0
-            gradient = {name: scale * g for name, g in problems.gradients(step, m, DTYPE).items()}
-            gradients.append(None if (step, m) in skips else gradient)
-        if gradients[replica] is not None:
+        gradients = problems.faulty_gradients(step, replicas, DTYPE, skips, nans)
+        mine = gradients[replica]
+        if mine is not None:
             for name, parameter in named:
-                parameter.grad = gradients[replica][name].clone()
+                parameter.grad = mine[name].clone()
             optimizer.step()
         optimizer.end_attempt()
         step_losses = [float("inf") if (step, m) in losses else 1.0 for m in range(replicas)]

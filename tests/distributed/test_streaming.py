@@ -73,14 +73,11 @@ def farthest(settings: dict[str, Any], skips: Faults, nans: Faults) -> dict[str,
     worst = {"weight": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0, "step": 0.0, "executed": 0.0}
     returned = 0
     for step in range(1, STEPS + 1):
-        gradients: list[Any] = []
-        for m in range(replicas):
-            scale = float("nan") if (step, m) in nans else 1.0
-            gradient = {name: scale * g for name, g in problems.gradients(step, m, DTYPE).items()}
-            gradients.append(None if (step, m) in skips else gradient)
-        if gradients[replica] is not None:
+        gradients = problems.faulty_gradients(step, replicas, DTYPE, skips, nans)
+        mine = gradients[replica]
+        if mine is not None:
             for name, parameter in named:
-                parameter.grad = gradients[replica][name].clone()
+                parameter.grad = mine[name].clone()
             optimizer.step()
         optimizer.end_attempt()
         reference.step(gradients)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from tests.watched import FAULT_STEP, STEPS, TIMEOUT_S, WORLD, End, Fault, check, launched, train
+from tests.watched import FAULT_STEP, STEPS, TIMEOUT_S, WORLD, End, Fault, check, fixtures_of, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]
 
@@ -82,18 +80,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-@pytest.fixture(scope="module")
-def launches(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[list[End]]]]:
-    cases = {name: (WORLD, (train, fault, TIMEOUT_S)) for name, fault in FAULTS.items()}
-    with launched(request, tmp_path_factory, cases) as futures:
-        yield futures
-
-
-@pytest.fixture
-def ends(request: pytest.FixtureRequest, launches: dict[str, Future[list[End]]]) -> list[End]:
-    return launches[request.param].result()
+launches, ends = fixtures_of({name: (WORLD, (train, fault, TIMEOUT_S)) for name, fault in FAULTS.items()})
 
 
 @pytest.mark.parametrize("ends", ["killed"], indirect=True)

@@ -9,8 +9,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from lordo_ds.watch import watchdog
 from lordo_ds.watch.heartbeat import Heartbeat
 from lordo_ds.watch.watchdog import EXIT_CODE_AGAIN_THE_SAME
 from lordo_ds.watch.whereabouts import whereabouts
-from tests.watched import FAULT_STEP, STEPS, End, check, launched, train, without_start_up_table
+from tests.watched import FAULT_STEP, STEPS, End, check, fixtures_of, train, without_start_up_table
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]
 
@@ -244,15 +242,7 @@ CASES: dict[str, tuple[int, tuple[Any, ...]]] = {  # ranks, and what they run
 }
 
 
-@pytest.fixture(scope="module")
-def launches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future]]:
-    with launched(request, tmp_path_factory, CASES) as futures:
-        yield futures
-
-
-@pytest.fixture
-def ends(request: pytest.FixtureRequest, launches: dict[str, Future]) -> list[End]:
-    return launches[request.param].result()
+launches, ends = fixtures_of(CASES)
 
 
 # -- what is seen ------------------------------------------------------------------------------------

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lordo_ds.sync.bucket import BucketSync
-from tests.watched import FAULT_STEP, TIMEOUT_S, WORLD, End, Fault, check, launched, train
+from tests.watched import FAULT_STEP, TIMEOUT_S, WORLD, End, Fault, check, fixtures_of, train
 
 pytestmark = [pytest.mark.distributed, pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")]
 
@@ -55,18 +53,7 @@ def train_streaming(fault: Fault) -> None:
     train(fault, TIMEOUT_S, streaming={"delay_steps": 1})
 
 
-@pytest.fixture(scope="module")
-def launches(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Future[list[End]]]]:
-    cases = {name: (WORLD, (train_streaming, fault)) for name, fault in FAULTS.items()}
-    with launched(request, tmp_path_factory, cases) as futures:
-        yield futures
-
-
-@pytest.fixture
-def ends(request: pytest.FixtureRequest, launches: dict[str, Future[list[End]]]) -> list[End]:
-    return launches[request.param].result()
+launches, ends = fixtures_of({name: (WORLD, (train_streaming, fault)) for name, fault in FAULTS.items()})
 
 
 @pytest.mark.parametrize("ends", ["killed"], indirect=True)
